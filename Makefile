@@ -1,0 +1,59 @@
+# Every target creates or refreshes .venv by itself; Python 3.11+ and a package index are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(shell find protos/doorward -name '*.proto')
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install up test check format generate lock bench soak clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+install: $(STAMP)  ## create or refresh .venv
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Doorward needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+up: $(STAMP)  ## run the server, the gateway and the stand-ins; Ctrl-C ends them all
+	@$(BIN)/python -m tests.sandbox.settings | $(BIN)/doorward init --settings -
+	@DOORWARD_GRPC_REFLECTION=true $(BIN)/honcho start
+
+test: $(STAMP)  ## run every test
+	$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## run the fault tests at their full counts
+	$(BIN)/python -m pytest --soak tests/faults
+
+bench: $(STAMP)  ## measure, and print a table
+	$(BIN)/python -m tests.bench
+
+check: $(STAMP)  ## lint, types, layers, protos, generated code, Envoy's own validation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.protos check
+	$(BIN)/doorward-gateway --validate
+
+format: $(STAMP)  ## format the code and the protos
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+generate: $(STAMP)  ## make the stubs and the descriptors anew
+	$(BIN)/python -m tests.protos generate
+
+lock:  ## resolve the dependencies anew (needs pip-tools in the active environment)
+	pip-compile --quiet --strip-extras --all-extras --generate-hashes --allow-unsafe \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	  --output-file requirements.lock pyproject.toml
+
+clean:  ## remove what the other targets made, but not var/
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

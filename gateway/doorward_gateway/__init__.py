@@ -1,0 +1,1 @@
+"""The gateway's launcher: sets envoy.yaml's ports and upstreams, runs Envoy, drains it on SIGTERM."""

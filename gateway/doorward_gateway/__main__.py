@@ -1,0 +1,20 @@
+"""`doorward-gateway`: starts the command line, or says which extra is missing."""
+
+import sys
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        from doorward_gateway.cli import run  # noqa: PLC0415 - a missing extra shows here
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("doorward"):
+            raise
+        sys.exit(
+            f'doorward-gateway: {error.name} is not installed: install the extra, `pip install "doorward[gateway]"`'
+        )
+    run()
+
+
+if __name__ == "__main__":
+    main()

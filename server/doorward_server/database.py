@@ -1,0 +1,131 @@
+"""The database: connections, write transactions, and the schema's version. Imports only `errors`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peewee
+from playhouse.migrations import Runner
+
+from doorward_server.errors import DoorwardError, OperatorError, StorageUnavailable
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Database:
+    """A SQLite file: WAL, every commit synced, one connection per thread, kept open.
+
+    Failures of the storage itself (full, locked for too long, read-only, damaged) are raised as
+    StorageUnavailable; violations of a constraint stay peewee.IntegrityError, for the caller knows
+    what they mean.
+    """
+
+    def __init__(self, path: Path, busy_timeout: float) -> None:
+        pragmas = {"journal_mode": "wal", "synchronous": "full", "foreign_keys": 1}
+        self.path = path
+        self.engine = peewee.SqliteDatabase(
+            str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE"
+        )
+        self._busy_timeout = busy_timeout
+        # BEGIN IMMEDIATE queues unfairly between threads: under load some starve until they see
+        # "database is locked". So threads queue here, and only processes meet in SQLite.
+        self._writer = threading.Lock()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A transaction. Never do network calls inside."""
+        if not self._writer.acquire(timeout=self._busy_timeout):
+            raise StorageUnavailable
+        try:
+            with storage_failures(), self.engine.atomic():
+                yield
+        finally:
+            self._writer.release()
+
+    def fetch_one(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
+        """The first row of a constant statement: peewee without its query building, for hot reads."""
+        try:
+            row: tuple[Any, ...] | None = self.engine.execute_sql(sql, parameters).fetchone()
+        except peewee.DatabaseError as error:
+            raise StorageUnavailable from error
+        return row
+
+    def fetch_all(self, query: peewee.ModelSelect[Any]) -> list[Any]:
+        """All rows of a query."""
+        with storage_failures():
+            return list(query)
+
+    def migrate(self) -> list[str]:
+        """Bring an empty or older schema up to date; returns the names of the migrations applied."""
+        with self._operators_view(), self.writing():
+            return list(self._runner().up())
+
+    def check_schema(self) -> list[str]:
+        """The names of the migrations that are due; OperatorError when the schema is newer than this program."""
+        with self._operators_view():
+            status = self._runner().status()
+        if newer := [step.name for step in status if step.path is None]:
+            raise OperatorError(
+                f"the database {self.path} has a newer schema ({newer[-1]}) than this version of Doorward knows: "
+                "upgrade Doorward, or restore a backup from before the upgrade"
+            )
+        return [step.name for step in status if not step.applied]
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        self.engine.close()
+
+    def _runner(self) -> Runner:
+        return Runner(self.engine, str(_MIGRATIONS))
+
+    @contextmanager
+    def _operators_view(self) -> Iterator[None]:
+        try:
+            yield
+        except (StorageUnavailable, peewee.DatabaseError) as failure:
+            reason = failure.__cause__ or failure
+            raise OperatorError(
+                f"cannot use the database {self.path}: {reason}{_advice(str(reason))}"
+            ) from None
+
+
+def _advice(reason: str) -> str:
+    for symptom, advice in (
+        (
+            "readonly",
+            "make the file and its folder writable, or set DOORWARD_DATABASE_URL to another place",
+        ),
+        (
+            "unable to open",
+            "make its folder (`doorward init` makes the home), or set DOORWARD_DATABASE_URL",
+        ),
+        ("full", "free some disk space"),
+        (
+            "not a database",
+            "it is another program's file or damaged: restore a backup, or set DOORWARD_DATABASE_URL",
+        ),
+        ("locked", "another program holds it: stop that one first"),
+    ):
+        if symptom in reason:
+            return f". Mend: {advice}"
+    return ""
+
+
+@contextmanager
+def storage_failures() -> Iterator[None]:
+    """Turns failures of the storage into StorageUnavailable; a decorator, too."""
+    try:
+        yield
+    except (peewee.IntegrityError, DoorwardError):
+        raise
+    except (peewee.DatabaseError, peewee.InterfaceError) as error:
+        raise StorageUnavailable from error
+
+
+def open_database(url: str, busy_timeout: float) -> Database:
+    """The database at `sqlite:///path`."""
+    return Database(Path(url.removeprefix("sqlite:///")), busy_timeout)

@@ -1,0 +1,246 @@
+"""Every error that Doorward raises on purpose. Imports nothing of the project.
+
+    DoorwardError
+    ├── OperatorError                 a sentence for whoever runs Doorward; the CLI prints it and exits 1
+    ├── GrantRefused                  the provider's `invalid_grant`: for the refresh that met it, not for callers
+    └── CallError                     what a caller is told: a gRPC code's name, a reason, a safe message
+        ├── InvalidArgument           MalformedRequest, UnknownKaiType, CodeRequired, CodeRejected,
+        │                             InvalidMinTtl, InvalidName, InvalidEmail
+        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected
+        ├── Unauthenticated           NoSession, NoServiceToken
+        ├── PermissionDenied          SessionRequired, NotSelf, OriginNotAllowed, ServiceTokenRequired,
+        │                             RoleRequired
+        ├── NotFound                  NoConnection, UserNotFound, SessionNotFound, ServiceTokenNotFound
+        ├── AlreadyExists             SlugTaken, EmailTaken
+        ├── Aborted                   NotConnected, CodeAlreadyUsed
+        ├── Unavailable               ProviderUnavailable, ProviderMalformed, Busy, StorageUnavailable
+        ├── DeadlineExceeded          ProviderTimeout
+        └── Internal                  anything unexpected
+
+A class fixes the code, the reason and the message; an instance may add metadata. Neither ever holds
+a secret, so both may be logged.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class DoorwardError(Exception):
+    """The root."""
+
+
+class OperatorError(DoorwardError):
+    """Something that the operator has to mend; the argument is the sentence that says how."""
+
+
+class GrantRefused(DoorwardError):
+    """The provider answered `invalid_grant` (RFC 6749, section 5.2) to a refresh."""
+
+
+class CallError(DoorwardError):
+    """An answer to a caller.
+
+    `code` is the name of a gRPC status code, `reason` the ErrorInfo reason, `message` safe to show.
+    """
+
+    code: ClassVar[str]
+    reason: ClassVar[str]
+    message: ClassVar[str]
+
+    def __init__(self, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(self.message)
+        self.metadata = dict(metadata or {})
+
+
+class InvalidArgument(CallError):
+    code = "INVALID_ARGUMENT"
+
+
+class MalformedRequest(InvalidArgument):
+    reason = "MALFORMED_REQUEST"
+    message = "the request is not valid: it is malformed, not UTF-8, or holds a NUL character"
+
+
+class UnknownKaiType(InvalidArgument):
+    reason = "UNKNOWN_KAI_TYPE"
+    message = "the kaiType has to be one of flo, min, eag"
+
+
+class CodeRequired(InvalidArgument):
+    reason = "CODE_REQUIRED"
+    message = "`code` is required: a string that is not empty"
+
+
+class CodeRejected(InvalidArgument):
+    reason = "CODE_REJECTED"
+    message = "the provider refused the code"
+
+
+class InvalidMinTtl(InvalidArgument):
+    reason = "INVALID_MIN_TTL"
+    message = "`min_ttl` has to be between 0 and 86400 seconds"
+
+
+class InvalidName(InvalidArgument):
+    reason = "INVALID_NAME"
+    message = (
+        "the name has to give a slug of letters that is not `me`, and be at most 100 characters"
+    )
+
+
+class InvalidEmail(InvalidArgument):
+    reason = "INVALID_EMAIL"
+    message = "the e-mail address is not valid"
+
+
+class FailedPrecondition(CallError):
+    code = "FAILED_PRECONDITION"
+
+
+class ProviderNotConfigured(FailedPrecondition):
+    reason = "PROVIDER_NOT_CONFIGURED"
+    message = "the operator has not configured this provider"
+
+
+class NeedsReauth(FailedPrecondition):
+    reason = "NEEDS_REAUTH"
+    message = "the provider no longer accepts this connection: the user has to connect again"
+
+
+class RefreshRejected(FailedPrecondition):
+    reason = "REFRESH_REJECTED"
+    message = "the provider refused to refresh the token; the connection is kept"
+
+
+class Unauthenticated(CallError):
+    code = "UNAUTHENTICATED"
+
+
+class NoSession(Unauthenticated):
+    reason = "NO_SESSION"
+    message = "a live session cookie is required"
+
+
+class NoServiceToken(Unauthenticated):
+    reason = "NO_SERVICE_TOKEN"
+    message = "a valid service token is required: `authorization: Bearer ...`"
+
+
+class PermissionDenied(CallError):
+    code = "PERMISSION_DENIED"
+
+
+class SessionRequired(PermissionDenied):
+    reason = "SESSION_REQUIRED"
+    message = "only the user's own session cookie is accepted here"
+
+
+class NotSelf(PermissionDenied):
+    reason = "NOT_SELF"
+    message = "the session is not this user's"
+
+
+class OriginNotAllowed(PermissionDenied):
+    reason = "ORIGIN_NOT_ALLOWED"
+    message = "requests from pages of this origin are not allowed"
+
+
+class ServiceTokenRequired(PermissionDenied):
+    reason = "SERVICE_TOKEN_REQUIRED"
+    message = "only a service token is accepted here"
+
+
+class RoleRequired(PermissionDenied):
+    reason = "ROLE_REQUIRED"
+    message = "the service token lacks the role that this call needs"
+
+
+class NotFound(CallError):
+    code = "NOT_FOUND"
+
+
+class NoConnection(NotFound):
+    reason = "NOT_CONNECTED"
+    message = "the user is not connected to this provider"
+
+
+class UserNotFound(NotFound):
+    reason = "USER_NOT_FOUND"
+    message = "there is no such user"
+
+
+class SessionNotFound(NotFound):
+    reason = "SESSION_NOT_FOUND"
+    message = "there is no such session"
+
+
+class ServiceTokenNotFound(NotFound):
+    reason = "SERVICE_TOKEN_NOT_FOUND"
+    message = "there is no such service token"
+
+
+class AlreadyExists(CallError):
+    code = "ALREADY_EXISTS"
+
+
+class SlugTaken(AlreadyExists):
+    reason = "SLUG_TAKEN"
+    message = "another user's name gives the same slug"
+
+
+class EmailTaken(AlreadyExists):
+    reason = "EMAIL_TAKEN"
+    message = "another user has this e-mail address"
+
+
+class Aborted(CallError):
+    code = "ABORTED"
+
+
+class NotConnected(Aborted):
+    reason = "NOT_CONNECTED"
+    message = "there is no connection to revoke"
+
+
+class CodeAlreadyUsed(Aborted):
+    reason = "CODE_ALREADY_USED"
+    message = "this code was sent to the provider before: start the authorization again"
+
+
+class Unavailable(CallError):
+    code = "UNAVAILABLE"
+
+
+class ProviderUnavailable(Unavailable):
+    reason = "PROVIDER_UNAVAILABLE"
+    message = "the provider cannot be reached or failed"
+
+
+class ProviderMalformed(Unavailable):
+    reason = "PROVIDER_MALFORMED"
+    message = "the provider's answer is not what the standard asks for"
+
+
+class Busy(Unavailable):
+    reason = "BUSY"
+    message = "too many calls wait for providers: try again later"
+
+
+class StorageUnavailable(Unavailable):
+    reason = "STORAGE_UNAVAILABLE"
+    message = "the database cannot be used at the moment"
+
+
+class DeadlineExceeded(CallError):
+    code = "DEADLINE_EXCEEDED"
+
+
+class ProviderTimeout(DeadlineExceeded):
+    reason = "PROVIDER_TIMEOUT"
+    message = "the provider did not answer in time"
+
+
+class Internal(CallError):
+    code = "INTERNAL"
+    reason = "INTERNAL"
+    message = "internal error"

@@ -1,0 +1,436 @@
+"""Integration: users' connections to the kai services, and the tokens behind them.
+
+Owns the tables `connections` and `code_claims`. Imports `oauth`, `jobs`, `users`, `models` and below.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import peewee
+
+from doorward_server.clock import Clock
+from doorward_server.crypto import KeyRing, Place, fingerprint
+from doorward_server.database import Database, storage_failures
+from doorward_server.errors import (
+    Busy,
+    CallError,
+    CodeAlreadyUsed,
+    CodeRejected,
+    CodeRequired,
+    GrantRefused,
+    InvalidMinTtl,
+    NeedsReauth,
+    NoConnection,
+    NotConnected,
+    ProviderMalformed,
+    ProviderNotConfigured,
+    ProviderTimeout,
+    ProviderUnavailable,
+    RefreshRejected,
+    StorageUnavailable,
+    UnknownKaiType,
+    UserNotFound,
+)
+from doorward_server.jobs import Abandon, Jobs, Payload
+from doorward_server.models import CodeClaim, Connection
+from doorward_server.oauth import OAuth, TokenPair
+from doorward_server.outbound import Bulkhead, ConnectTimeout, NotConnectable
+from doorward_server.providers import KAI_TYPES, Provider
+from doorward_server.users import Users
+
+REVOCATION = "revoke-token"
+DEFAULT_MIN_TTL = 10
+_LARGEST_MIN_TTL = 86400
+_STATUS = "SELECT needs_reauth FROM connections WHERE user_id = ? AND provider = ?"
+# What those who waited for a refresh are told when it failed.
+_REFRESH_FAILURES: Mapping[str, type[CallError]] = {
+    error.reason: error
+    for error in (Busy, ProviderMalformed, ProviderTimeout, ProviderUnavailable, RefreshRejected)
+}
+# A code that no provider will take any more is forgotten after this long.
+_CLAIM_LIFE = timedelta(days=7)
+_CONNECTED = "connected"
+
+
+@dataclass(frozen=True)
+class AccessToken:
+    """A token to hand out; `expires_at` is None when the provider does not say."""
+
+    value: str = field(repr=False)
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Integrations:
+    """Connects, tells, refreshes and revokes."""
+
+    database: Database
+    clock: Clock
+    keys: KeyRing
+    oauth: OAuth
+    bulkhead: Bulkhead
+    jobs: Jobs
+    users: Users
+    providers: Mapping[str, Provider]
+    lease: timedelta
+
+    def status(self, user_id: int, kai_type: str) -> bool:
+        """Whether the user is connected, by tokens that the provider has not refused."""
+        row = self.database.fetch_one(_STATUS, (user_id, _kai_id(kai_type)))
+        return row is not None and not row[0]
+
+    def revoke(self, user_id: int, kai_type: str) -> None:
+        """End a connection, and queue its revocation at the provider. Raises NotConnected."""
+        provider_id = _kai_id(kai_type)
+        with self.database.writing():
+            connection = _find(user_id, provider_id)
+            if connection is None:
+                raise NotConnected
+            pair = self._open_pair(connection)
+            Connection.delete().where(Connection.id == connection.id).execute()
+            self._queue_revocation(provider_id, pair)
+
+    @storage_failures()
+    def connect(self, user_id: int, kai_type: str, code: str) -> None:
+        """Exchange a code and store the tokens, replacing earlier ones. See ConnectKai for the errors."""
+        provider_id = _kai_id(kai_type)
+        if not code:
+            raise CodeRequired
+        provider = self._kai_provider(provider_id)
+        claim = self._claim_code(provider_id, user_id, code)
+        if claim is None:
+            self._await_exchange(provider, user_id, code)
+            return
+        pair = self._exchange(provider, claim, code)
+        try:
+            with self.database.writing():
+                self._store_connection(user_id, provider_id, pair)
+                CodeClaim.update(outcome=_CONNECTED).where(CodeClaim.id == claim.id).execute()
+        except peewee.IntegrityError:
+            raise UserNotFound from None
+
+    @storage_failures()
+    def access_token(
+        self, handle: str, provider_id: str, min_ttl: int = DEFAULT_MIN_TTL
+    ) -> AccessToken:
+        """A token that is valid for `min_ttl` more seconds, refreshed if needed. See GetAccessToken for the errors."""
+        try:
+            user_id = self.users.get(handle).id
+        except UserNotFound:
+            raise NoConnection from None
+        connection = _get(user_id, provider_id)
+        if not 0 <= min_ttl <= _LARGEST_MIN_TTL:
+            raise InvalidMinTtl
+        with contextlib.ExitStack() as slots:
+            return self._fresh_token(connection, timedelta(seconds=min_ttl), slots)
+
+    def revoke_at_provider(self, payload: Payload) -> None:
+        """The job that follows `revoke`. A refusal (4xx) is final: RFC 7009 has 200 even for unknown tokens."""
+        provider = self.providers.get(payload["provider"])
+        if provider is None or provider.revocation_url is None:
+            raise Abandon("PROVIDER_NOT_CONFIGURED")
+        status = self.oauth.revoke(provider, payload["token"], payload["token_type_hint"])
+        if status in (408, 429) or status >= 500:  # noqa: PLR2004
+            raise ProviderUnavailable
+        if not 200 <= status < 300:  # noqa: PLR2004
+            raise Abandon(f"HTTP_{status}")
+
+    def sweep(self) -> int:
+        """Forget old code claims; returns how many."""
+        with self.database.writing():
+            old = CodeClaim.created_at <= self.clock.now() - _CLAIM_LIFE
+            return int(CodeClaim.delete().where(old).execute())
+
+    def _kai_provider(self, provider_id: str) -> Provider:
+        provider = self.providers.get(provider_id)
+        if provider is None or provider.kind != "kai":
+            raise ProviderNotConfigured
+        return provider
+
+    # Codes
+
+    def _claim_code(self, provider_id: str, user_id: int, code: str) -> CodeClaim | None:
+        """The right to exchange a code, which one call gets; None for all others."""
+        try:
+            with self.database.writing():
+                return CodeClaim.create(
+                    provider=provider_id,
+                    code_hash=fingerprint(code),
+                    user=user_id,
+                    created_at=self.clock.now(),
+                )
+        except peewee.IntegrityError:
+            return None
+
+    def _exchange(self, provider: Provider, claim: CodeClaim, code: str) -> TokenPair:
+        try:
+            return self.oauth.exchange_code(provider, code)
+        except (Busy, NotConnectable, ConnectTimeout):
+            # Nobody saw the code, so it may be sent again.
+            with self.database.writing():
+                CodeClaim.delete().where(CodeClaim.id == claim.id).execute()
+            raise
+        except CallError as failure:
+            with self.database.writing():
+                outcome = CodeClaim.update(
+                    outcome=failure.reason, oauth_error=failure.metadata.get("error")
+                )
+                outcome.where(CodeClaim.id == claim.id).execute()
+            raise
+
+    def _await_exchange(self, provider: Provider, user_id: int, code: str) -> None:
+        """Return when another call's exchange of the same code has connected the user; else raise."""
+        with contextlib.ExitStack() as slots:
+            waits: Iterator[float] | None = None
+            while True:
+                claim = CodeClaim.get_or_none(
+                    provider=provider.id, code_hash=fingerprint(code), user=user_id
+                )
+                if claim is None:
+                    raise CodeAlreadyUsed
+                if claim.outcome is not None:
+                    break
+                # One second more than an exchange may take, to store its result. No outcome after
+                # that means that its process died.
+                waits = waits or self._waits(
+                    slots, claim.created_at + timedelta(seconds=provider.timeout + 1)
+                )
+                if next(waits, None) is None:
+                    raise CodeAlreadyUsed
+        if claim.outcome == CodeRejected.reason:
+            raise CodeRejected({"error": claim.oauth_error} if claim.oauth_error else None)
+        if claim.outcome != _CONNECTED or not self.status(user_id, provider.id):
+            raise CodeAlreadyUsed
+
+    def _waits(self, slots: contextlib.ExitStack, until: datetime) -> Iterator[float]:
+        """Pauses while another call does the work; they take one of the few slots for that."""
+        slots.enter_context(self.bulkhead.waiting())
+        return self.clock.polls((until - self.clock.now()).total_seconds())
+
+    # Connections
+
+    def _store_connection(self, user_id: int, provider_id: str, pair: TokenPair) -> None:
+        """Insert or replace, inside the caller's transaction; a refresh under way loses its lease."""
+        now = self.clock.now()
+        Connection.insert(
+            user=user_id,
+            provider=provider_id,
+            access_token=b"",
+            obtained_at=now,
+            needs_reauth=False,
+            lease_epoch=0,
+            created_at=now,
+        ).on_conflict_ignore().execute()
+        connection = _get(user_id, provider_id)
+        values = self._sealed(connection.id, pair, keep_refresh_token=False)
+        self._write(
+            connection,
+            epoch=connection.lease_epoch,
+            lease_epoch=connection.lease_epoch + 1,
+            **values,
+        )
+
+    def _sealed(
+        self, connection_id: int, pair: TokenPair, *, keep_refresh_token: bool
+    ) -> dict[str, Any]:
+        """The columns of a new pair. A refresh whose answer holds no refresh token keeps the old one."""
+        now = self.clock.now()
+        values: dict[str, Any] = {
+            "access_token": self.keys.seal(pair.access_token, _access_token_of(connection_id)),
+            "expires_at": now + timedelta(seconds=pair.expires_in)
+            if pair.expires_in is not None
+            else None,
+            "obtained_at": now,
+            "needs_reauth": False,
+            "lease_expires_at": None,
+            "lease_failure": None,
+        }
+        if pair.refresh_token is not None:
+            values["refresh_token"] = self.keys.seal(
+                pair.refresh_token, _refresh_token_of(connection_id)
+            )
+        elif not keep_refresh_token:
+            values["refresh_token"] = None
+        return values
+
+    def _write(self, connection: Connection, *, epoch: int, **values: Any) -> bool:
+        """Change the row, if the epoch is still the given one."""
+        fence = (Connection.id == connection.id) & (Connection.lease_epoch == epoch)
+        return bool(Connection.update(**values).where(fence).execute())
+
+    def _open_pair(self, connection: Connection) -> TokenPair:
+        refresh_token = connection.refresh_token
+        return TokenPair(
+            access_token=self.keys.open(connection.access_token, _access_token_of(connection.id)),
+            refresh_token=self.keys.open(refresh_token, _refresh_token_of(connection.id))
+            if refresh_token
+            else None,
+            expires_in=None,
+        )
+
+    def _queue_revocation(self, provider_id: str, pair: TokenPair) -> None:
+        """Inside the caller's transaction. Revoking a refresh token ends its access tokens too (RFC 7009, 2.1)."""
+        provider = self.providers.get(provider_id)
+        if provider is None or provider.revocation_url is None:
+            return
+        token, hint = (
+            (pair.refresh_token, "refresh_token")
+            if pair.refresh_token
+            else (pair.access_token, "access_token")
+        )
+        self.jobs.queue(
+            REVOCATION, {"provider": provider_id, "token": token, "token_type_hint": hint}
+        )
+
+    # Refreshing
+
+    def _fresh_token(
+        self, first: Connection, min_ttl: timedelta, slots: contextlib.ExitStack
+    ) -> AccessToken:
+        """The stored token, or a new one that this call or another one gets from the provider."""
+        waits: Iterator[float] | None = None
+        connection = first
+        while True:
+            if connection.needs_reauth:
+                raise NeedsReauth
+            if self._is_fresh(connection, min_ttl) or _has_new_pair(connection, since=first):
+                return self._handed_out(connection)
+            provider = self.providers.get(connection.provider)
+            if provider is None:
+                raise ProviderNotConfigured
+            if self._lease_is_free(connection):
+                if waits is not None and connection.lease_failure is not None:
+                    raise _REFRESH_FAILURES.get(connection.lease_failure, ProviderUnavailable)
+                self._refresh(provider, connection, min_ttl)
+            else:
+                # The holder may be dead: then its lease runs out, and another call takes over.
+                longest = self.lease + timedelta(seconds=provider.timeout + 1)
+                waits = waits or self._waits(slots, self.clock.now() + longest)
+                if next(waits, None) is None:
+                    raise ProviderTimeout
+            connection = _get(connection.user_id, connection.provider)
+
+    def _handed_out(self, connection: Connection) -> AccessToken:
+        return AccessToken(self._open_pair(connection).access_token, connection.expires_at)
+
+    def _is_fresh(self, connection: Connection, min_ttl: timedelta) -> bool:
+        if connection.expires_at is None:
+            return True
+        # No refresh gives more than the provider's whole life: then half of it has to do, or every
+        # call would refresh.
+        life = connection.expires_at - connection.obtained_at
+        needed = min_ttl if min_ttl < life else life / 2
+        return connection.expires_at - self.clock.now() > needed
+
+    def _lease_is_free(self, connection: Connection) -> bool:
+        return (
+            connection.lease_expires_at is None or connection.lease_expires_at <= self.clock.now()
+        )
+
+    def _refresh(self, provider: Provider, connection: Connection, min_ttl: timedelta) -> None:
+        """Refresh under the lease, if this call gets it; the row then tells how it went."""
+        held = self._acquire(connection, min_ttl)
+        if held is None:
+            return
+        refresh_token = self._open_pair(held).refresh_token
+        if refresh_token is None:
+            # The rest of the token's life is too short for this caller, but it may do for others.
+            self._end_lease(held, needs_reauth=not self._is_fresh(held, timedelta(0)))
+            raise NeedsReauth
+        try:
+            pair = self.oauth.refresh(provider, refresh_token)
+        except GrantRefused:
+            self._refused(held)
+        except CallError as failure:
+            self._end_lease(held, lease_failure=failure.reason)
+            raise
+        else:
+            self._store_refreshed(held, pair)
+
+    def _acquire(self, connection: Connection, min_ttl: timedelta) -> Connection | None:
+        """The row under a new lease, or None when another call was faster."""
+        epoch = connection.lease_epoch + 1
+        with self.database.writing():
+            lease_end = self.clock.now() + self.lease
+            if not self._write(
+                connection,
+                epoch=epoch - 1,
+                lease_epoch=epoch,
+                lease_expires_at=lease_end,
+                lease_failure=None,
+            ):
+                return None
+            held = _get(connection.user_id, connection.provider)
+            # The holder that was seen before may have finished in the meantime.
+            if (
+                _has_new_pair(held, since=connection)
+                or held.needs_reauth
+                or self._is_fresh(held, min_ttl)
+            ):
+                self._write(held, epoch=epoch, lease_expires_at=None)
+                return None
+            return held
+
+    def _store_refreshed(self, held: Connection, pair: TokenPair) -> None:
+        """Store the pair before anyone gets to see it. The old one is spent, so a failing disk gets several tries."""
+        waits = self.clock.polls(self.lease.total_seconds(), first=0.1, longest=1.0)
+        while True:
+            try:
+                with self.database.writing():
+                    if self._write(
+                        held,
+                        epoch=held.lease_epoch,
+                        **self._sealed(held.id, pair, keep_refresh_token=True),
+                    ):
+                        return
+                    if Connection.get_or_none(Connection.id == held.id) is None:
+                        # Disconnected meanwhile: what the provider gave us now must not live on.
+                        self._queue_revocation(held.provider, pair)
+                    return
+            except StorageUnavailable:
+                if next(waits, None) is None:
+                    raise
+
+    def _refused(self, held: Connection) -> None:
+        """The provider no longer takes the refresh token. That is final, unless it is not the current one."""
+        current = Connection.get_or_none(Connection.id == held.id)
+        if current is None or not _has_new_pair(current, since=held):
+            self._end_lease(held, needs_reauth=True)
+
+    def _end_lease(self, held: Connection, **values: Any) -> None:
+        with self.database.writing():
+            self._write(held, epoch=held.lease_epoch, lease_expires_at=None, **values)
+
+
+def _kai_id(kai_type: str) -> str:
+    kai_id = kai_type.lower()
+    if kai_id not in KAI_TYPES:
+        raise UnknownKaiType
+    return kai_id
+
+
+def _find(user_id: int, provider_id: str) -> Connection | None:
+    return Connection.get_or_none(user=user_id, provider=provider_id)
+
+
+def _get(user_id: int, provider_id: str) -> Connection:
+    connection = _find(user_id, provider_id)
+    if connection is None:
+        raise NoConnection
+    return connection
+
+
+def _has_new_pair(connection: Connection, *, since: Connection) -> bool:
+    # Every sealing differs, so equal bytes are the same pair.
+    return connection.access_token != since.access_token
+
+
+def _access_token_of(connection_id: int) -> Place:
+    return Place("connections", connection_id, "access_token")
+
+
+def _refresh_token_of(connection_id: int) -> Place:
+    return Place("connections", connection_id, "refresh_token")

@@ -1,0 +1,156 @@
+"""The tables. The schema itself is made by `migrations/`. Imports only `database`.
+
+Times are stored as microseconds since 1970-01-01 UTC, which sort and compare alike on every
+engine; in Python they are aware datetimes.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import peewee
+
+from doorward_server.database import Database
+
+if TYPE_CHECKING:
+    _BigInteger = peewee.BigIntegerField[Any]
+else:
+    _BigInteger = peewee.BigIntegerField  # generic in its stubs only
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_micros(time: datetime) -> int:
+    """The stored form of a time."""
+    return (time - _EPOCH) // timedelta(microseconds=1)
+
+
+def from_micros(micros: int) -> datetime:
+    """The time that `to_micros` stored."""
+    return _EPOCH + timedelta(microseconds=micros)
+
+
+class TimeField(_BigInteger):
+    """An aware datetime, stored as microseconds."""
+
+    def db_value(self, value: datetime | None) -> int | None:
+        return None if value is None else to_micros(value)
+
+    def python_value(self, value: int | None) -> datetime | None:
+        return None if value is None else from_micros(value)
+
+
+class User(peewee.Model):
+    id = peewee.AutoField()
+    slug = peewee.TextField()
+    name = peewee.TextField()
+    email = peewee.TextField(null=True)
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "users"
+
+
+class Session(peewee.Model):
+    """A browser's log-in; the cookie's value is stored as its fingerprint."""
+
+    id = peewee.AutoField()
+    user = peewee.ForeignKeyField(User)
+    token_hash = peewee.BlobField()
+    created_at = TimeField()
+    expires_at = TimeField()
+
+    class Meta:
+        table_name = "sessions"
+
+
+class ServiceToken(peewee.Model):
+    """A program's credential on the gRPC port; stored as its fingerprint."""
+
+    id = peewee.AutoField()
+    name = peewee.TextField()
+    token_hash = peewee.BlobField()
+    roles = peewee.TextField()  # separated by commas
+    created_at = TimeField()
+    expires_at = TimeField(null=True)
+    last_used_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "service_tokens"
+
+
+class Connection(peewee.Model):
+    """A user's tokens at a provider, and the lease under which they are refreshed.
+
+    The pair of tokens changes only together with `lease_epoch`, or under the lease of the current
+    epoch: a refresher whose epoch has passed cannot write.
+    """
+
+    id = peewee.AutoField()
+    user = peewee.ForeignKeyField(User)
+    provider = peewee.TextField()
+    access_token = peewee.BlobField()  # sealed
+    refresh_token = peewee.BlobField(null=True)  # sealed
+    expires_at = TimeField(null=True)  # unset: the provider does not say
+    obtained_at = TimeField()
+    needs_reauth = peewee.BooleanField()
+    lease_epoch = peewee.IntegerField()
+    lease_expires_at = TimeField(null=True)
+    lease_failure = peewee.TextField(
+        null=True
+    )  # how the last refresh ended, for those who waited for it
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "connections"
+
+
+class CodeClaim(peewee.Model):
+    """An authorization code that is being, or has been, exchanged; so that none is sent twice."""
+
+    id = peewee.AutoField()
+    provider = peewee.TextField()
+    code_hash = peewee.BlobField()
+    user = peewee.ForeignKeyField(User)
+    outcome = peewee.TextField(
+        null=True
+    )  # "connected", the reason of the error, or unset while under way
+    oauth_error = peewee.TextField(null=True)
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "code_claims"
+
+
+class Job(peewee.Model):
+    """Work to be done at least once. A claim moves `run_at` to the end of its lease."""
+
+    id = peewee.AutoField()
+    kind = peewee.TextField()
+    payload = peewee.BlobField()  # sealed JSON
+    run_at = TimeField(null=True)  # unset: abandoned
+    attempts = peewee.IntegerField()
+    last_error = peewee.TextField(null=True)
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "jobs"
+
+
+class MasterKeyUse(peewee.Model):
+    """The id of a master key that values in this database are sealed with."""
+
+    key_id = peewee.TextField(primary_key=True)
+    first_used_at = TimeField()
+
+    class Meta:
+        table_name = "master_keys"
+
+
+_MODELS = (User, Session, ServiceToken, Connection, CodeClaim, Job, MasterKeyUse)
+
+
+def bind(database: Database) -> None:
+    """Point the models at a database: the process's one."""
+    database.engine.bind(_MODELS)

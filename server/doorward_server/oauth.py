@@ -1,0 +1,180 @@
+"""The OAuth 2 client: exchanges codes, refreshes and revokes tokens at a provider (RFC 6749, 7009).
+
+Imports `outbound`, `providers` and `errors`.
+"""
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote_plus
+
+from doorward_server.errors import (
+    CodeRejected,
+    GrantRefused,
+    ProviderMalformed,
+    ProviderNotConfigured,
+    ProviderUnavailable,
+    RefreshRejected,
+)
+from doorward_server.outbound import Answer, Outbound, Timeouts
+from doorward_server.providers import Provider
+
+# RFC 6749, section 5.2: the characters of an error code. Longer ones are nobody's.
+_ERROR_CODE = re.compile(r"[\x20-\x21\x23-\x5b\x5d-\x7e]{1,100}")
+_LONGEST_LIFE = 10 * 365 * 86400.0
+_TOO_MANY_REQUESTS = 429
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """What a token endpoint grants. `expires_in` is in seconds, None when it does not say."""
+
+    access_token: str = field(repr=False)
+    refresh_token: str | None = field(repr=False)
+    expires_in: float | None
+
+
+class OAuth:
+    """The client's side of the token and the revocation endpoint."""
+
+    def __init__(self, outbound: Outbound) -> None:
+        self._outbound = outbound
+
+    def exchange_code(self, provider: Provider, code: str) -> TokenPair:
+        """Trade a code for tokens (RFC 6749, section 4.1.3). Not to be repeated with the same code.
+
+        Raises CodeRejected on a 4xx, else what `Outbound.request` raises.
+        """
+        grant = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": provider.redirect_uri or "",
+        }
+        answer = self._token_request(provider, grant)
+        if _is_client_error(answer.status):
+            raise CodeRejected(_metadata(_error_code(answer)))
+        return _token_pair(answer)
+
+    def refresh(self, provider: Provider, refresh_token: str) -> TokenPair:
+        """Trade a refresh token for a new pair (RFC 6749, section 6).
+
+        Raises GrantRefused on `invalid_grant`, RefreshRejected on any other 4xx, else what
+        `Outbound.request` raises. The pair's refresh token is None when the old one stays valid.
+        """
+        answer = self._token_request(
+            provider, {"grant_type": "refresh_token", "refresh_token": refresh_token}
+        )
+        if answer.status == _TOO_MANY_REQUESTS:
+            raise ProviderUnavailable
+        if _is_client_error(answer.status):
+            error = _error_code(answer)
+            raise GrantRefused if error == "invalid_grant" else RefreshRejected(_metadata(error))
+        return _token_pair(answer)
+
+    def revoke(self, provider: Provider, token: str, token_type_hint: str) -> int:
+        """Ask the provider to revoke a token (RFC 7009, section 2.1); returns the answer's status."""
+        if provider.revocation_url is None:
+            raise ProviderNotConfigured
+        form = {"token": token, "token_type_hint": token_type_hint}
+        return self._authenticated(provider, "POST", provider.revocation_url, form).status
+
+    def _token_request(self, provider: Provider, grant: Mapping[str, str]) -> Answer:
+        if provider.token_url is None:
+            raise ProviderNotConfigured
+        return self._authenticated(
+            provider, provider.token_method.upper(), provider.token_url, grant
+        )
+
+    def _authenticated(
+        self, provider: Provider, method: str, url: str, form: Mapping[str, str]
+    ) -> Answer:
+        """A request with the client's authentication (RFC 6749, section 2.3.1)."""
+        client_id = provider.client_id or ""
+        form, headers = dict(form), {}
+        match provider.token_auth:
+            case "client_secret_post":
+                form |= {"client_id": client_id, "client_secret": provider.secret}
+            case "client_secret_basic":
+                pair = f"{quote_plus(client_id)}:{quote_plus(provider.secret)}"
+                headers["authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+            case "none":
+                form |= {"client_id": client_id}
+        return self._outbound.request(
+            method,
+            url,
+            provider_id=provider.id,
+            timeouts=Timeouts(provider.connect_timeout, provider.read_timeout, provider.timeout),
+            headers=headers,
+            form=form if method == "POST" else None,
+            query=form if method == "GET" else None,
+        )
+
+
+def _is_client_error(status: int) -> bool:
+    return 400 <= status < 500  # noqa: PLR2004
+
+
+def _token_pair(answer: Answer) -> TokenPair:
+    """Read a successful answer (RFC 6749, section 5.1)."""
+    if answer.status >= 500:  # noqa: PLR2004
+        raise ProviderUnavailable
+    if not 200 <= answer.status < 300:  # noqa: PLR2004
+        raise ProviderMalformed
+    members = _json_object(answer.body)
+    access_token, refresh_token = members.get("access_token"), members.get("refresh_token")
+    if not _is_token(access_token):
+        raise ProviderMalformed
+    return TokenPair(
+        access_token=access_token,
+        refresh_token=refresh_token if _is_token(refresh_token) else None,
+        expires_in=_seconds(members.get("expires_in")),
+    )
+
+
+def _is_token(value: object) -> bool:
+    """A string that is not empty and can be stored: JSON also holds lone surrogates and NUL."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _seconds(value: object) -> float | None:
+    """A life in seconds; some providers send it as a string. None when it is no such thing."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        seconds = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), _LONGEST_LIFE) if math.isfinite(seconds) else None
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body.decode())
+    except (ValueError, RecursionError):
+        raise ProviderMalformed from None
+    if not isinstance(value, dict):
+        raise ProviderMalformed
+    return value
+
+
+def _error_code(answer: Answer) -> str | None:
+    """The `error` member of a refusal (RFC 6749, section 5.2), if it is one."""
+    try:
+        error = _json_object(answer.body).get("error")
+    except ProviderMalformed:
+        return None
+    return error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else None
+
+
+def _metadata(error: str | None) -> dict[str, str]:
+    return {"error": error} if error else {}

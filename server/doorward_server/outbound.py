@@ -1,0 +1,359 @@
+"""The only way out: every request to the outside world is made here. Imports only `errors`.
+
+A request goes to a global unicast address unless the operator allowed the address, follows no
+redirect, ignores the environment's proxies, ends within its total time whatever the peer does,
+and reads at most 1 MiB. At most so many requests are under way at once; more are refused.
+"""
+
+import contextlib
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as LookupTimeout
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import certifi
+import httpcore
+import httpx
+
+from doorward_server.errors import (
+    Busy,
+    OperatorError,
+    ProviderMalformed,
+    ProviderTimeout,
+    ProviderUnavailable,
+)
+
+MAX_ANSWER_BYTES = 1 << 20
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
+_COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, section 2.5.5.1
+
+
+class NotConnectable(ProviderUnavailable):
+    """No connection was made, so nothing of the request was seen by anyone."""
+
+
+class ConnectTimeout(ProviderTimeout):
+    """No connection was made in time, so nothing of the request was seen by anyone."""
+
+
+# The monotonic time at which the request of this thread has to be over.
+_deadline: ContextVar[float] = ContextVar("deadline")
+
+
+def _left() -> float:
+    return _deadline.get() - time.monotonic()
+
+
+def _within_deadline(
+    timeout: float | None, late: type[httpcore.TimeoutException] = httpcore.ReadTimeout
+) -> float:
+    left = _left()
+    if left <= 0:
+        raise late("the total time is over")
+    return left if timeout is None else min(timeout, left)
+
+
+def is_public(address: IpAddress) -> bool:
+    """Whether an address is global unicast, an IPv6 one that embeds an IPv4 one judged by that.
+
+    Python's `is_global` alone passes multicast, 64:ff9b::/96 and 2002::/16.
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in _LOCAL_NAT64:
+            return False
+        if (embedded := _embedded(address)) is not None:
+            return is_public(embedded)
+    return address.is_global and not address.is_multicast
+
+
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if address in _NAT64 or address in _COMPATIBLE:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.teredo is not None:
+        return address.teredo[1]
+    return address.ipv4_mapped or address.sixtofour
+
+
+def parse_allowed(entries: Iterable[str], setting: str) -> frozenset[tuple[IpAddress, int]]:
+    """Read an allow list of `ip:port` entries; `setting` names it in the error."""
+    allowed = set()
+    for entry in entries:
+        host, _, port = entry.rpartition(":")
+        try:
+            allowed.add((ipaddress.ip_address(host.strip("[]")), int(port)))
+        except ValueError:
+            raise OperatorError(
+                f'{setting}: "{entry}" has to be ip:port, such as 127.0.0.1:9100 or [::1]:9100'
+            ) from None
+    return frozenset(allowed)
+
+
+class _TimedStream(httpcore.NetworkStream):
+    """A connection whose every step ends by the deadline, so that no peer can trickle past it."""
+
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _within_deadline(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _within_deadline(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        within = _within_deadline(timeout, httpcore.ConnectTimeout)
+        return _TimedStream(self._stream.start_tls(ssl_context, server_hostname, within))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class _GuardedBackend(httpcore.NetworkBackend):
+    """Connects to the very address that it judged, so that a name cannot change in between."""
+
+    def __init__(self, allowed: frozenset[tuple[IpAddress, int]], lookups: int) -> None:
+        self._allowed = allowed
+        self._backend = httpcore.SyncBackend()
+        # getaddrinfo takes no timeout, so it runs beside the thread that waits for it.
+        self._resolver = ThreadPoolExecutor(lookups, thread_name_prefix="resolver")
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        addresses = [
+            address for address in self._resolve(host, port) if self._may_connect(address, port)
+        ]
+        if not addresses:
+            raise httpcore.ConnectError("the address is not allowed")
+        failure: Exception | None = None
+        for address in addresses:
+            try:
+                within = _within_deadline(timeout, httpcore.ConnectTimeout)
+                stream = self._backend.connect_tcp(
+                    str(address), port, within, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+            else:
+                return _TimedStream(stream)
+        raise failure or httpcore.ConnectError("no address")
+
+    def _may_connect(self, address: IpAddress, port: int) -> bool:
+        return is_public(address) or (address, port) in self._allowed
+
+    def _resolve(self, host: str, port: int) -> list[IpAddress]:
+        with contextlib.suppress(ValueError):
+            return [ipaddress.ip_address(host)]
+        try:
+            found = self._resolver.submit(
+                socket.getaddrinfo, host, port, type=socket.SOCK_STREAM
+            ).result(max(_left(), 0))
+        except LookupTimeout:
+            raise httpcore.ConnectTimeout("the name was not resolved in time") from None
+        except (OSError, UnicodeError):
+            raise httpcore.ConnectError("the name does not resolve") from None
+        # A scoped address (fe80::1%eth0) is link-local, so dropping the scope changes no verdict.
+        return [ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found]
+
+    def close(self) -> None:
+        self._resolver.shutdown(wait=False, cancel_futures=True)
+
+
+class _GuardedTransport(httpx.HTTPTransport):
+    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext, limits: httpx.Limits) -> None:
+        super().__init__(verify=tls, trust_env=False, limits=limits)
+        # httpx has no parameter for the network backend, so the pool is made anew with ours.
+        self._pool = httpcore.ConnectionPool(
+            ssl_context=tls,
+            max_connections=limits.max_connections,
+            max_keepalive_connections=limits.max_keepalive_connections,
+            network_backend=backend,
+        )
+
+
+class Bulkhead:
+    """Caps on slow calls, so that some threads always stay free for quick ones.
+
+    Never a queue: when a cap is reached, the call is refused with Busy.
+    """
+
+    def __init__(self, *, threads: int, outbound: int, per_provider: int, waiting: int) -> None:
+        self._limits = {"outbound": outbound, "waiting": waiting}
+        self._per_provider = per_provider
+        self._total = threads - max(1, threads // 8)
+        self._lock = threading.Lock()
+        self._taken: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def requesting(self, provider_id: str) -> Iterator[None]:
+        """Held by a call that makes a request to a provider."""
+        with self._slot("outbound", f"provider {provider_id}"):
+            yield
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Held by a call that waits for another call's result."""
+        with self._slot("waiting"):
+            yield
+
+    @contextlib.contextmanager
+    def _slot(self, *names: str) -> Iterator[None]:
+        with self._lock:
+            if self._taken.total() >= self._total or any(
+                self._taken[name] >= self._limits.get(name, self._per_provider) for name in names
+            ):
+                raise Busy
+            self._taken.update(names)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken.subtract(names)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole HTTP answer; `body` is decoded and at most MAX_ANSWER_BYTES long."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """In seconds: for connecting, between two reads, and for everything together."""
+
+    connect: float
+    read: float
+    total: float
+
+
+class Outbound:
+    """Makes requests. Thread-safe."""
+
+    def __init__(
+        self, *, allow: Iterable[str], ca_file: Path | None, bulkhead: Bulkhead, concurrency: int
+    ) -> None:
+        self.bulkhead = bulkhead
+        self._backend = _GuardedBackend(parse_allowed(allow, "[outbound] allow"), concurrency)
+        # No connection is kept: on a kept one, a request that fails may or may not have been seen.
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
+        self._client = httpx.Client(
+            transport=_GuardedTransport(self._backend, _tls(ca_file), limits),
+            trust_env=False,
+            follow_redirects=False,
+            headers={
+                "user-agent": "doorward",
+                "accept": "application/json",
+                "accept-encoding": "identity",
+            },
+        )
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        provider_id: str,
+        timeouts: Timeouts,
+        headers: Mapping[str, str] | None = None,
+        form: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Send one request and read its whole answer, whatever its status.
+
+        Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable, ProviderTimeout, or
+        ProviderMalformed (not HTTP, or an answer that is too large).
+        """
+        token = _deadline.set(time.monotonic() + timeouts.total)
+        timeout = httpx.Timeout(timeouts.read, connect=timeouts.connect)
+        try:
+            with (
+                self.bulkhead.requesting(provider_id),
+                _failures(),
+                self._client.stream(
+                    method,
+                    httpx.URL(url).copy_merge_params(query or {}),
+                    headers=headers,
+                    data=form,
+                    timeout=timeout,
+                ) as response,
+            ):
+                return Answer(response.status_code, _read(response))
+        finally:
+            _deadline.reset(token)
+
+    def close(self) -> None:
+        self._client.close()
+        self._backend.close()
+
+
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=certifi.where())
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:
+            raise OperatorError(
+                f"[outbound] ca_file: cannot read {ca_file}: {error.strerror or error}"
+            ) from None
+    return context
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except httpx.ConnectTimeout as error:
+        raise ConnectTimeout from error
+    except httpx.TimeoutException as error:
+        raise ProviderTimeout from error
+    except (httpx.ConnectError, httpx.InvalidURL) as error:
+        raise NotConnectable from error
+    except httpx.TransportError as error:
+        raise ProviderUnavailable from error
+
+
+def _read(response: httpx.Response) -> bytes:
+    """The decoded body. It inflates no further than the limit, unlike httpx's own decoders."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "deflate"):
+        raise ProviderMalformed
+    inflater = None if encoding == "identity" else zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    body = bytearray()
+    for chunk in response.iter_raw():
+        try:
+            body += (
+                inflater.decompress(chunk, MAX_ANSWER_BYTES + 1 - len(body)) if inflater else chunk
+            )
+        except zlib.error:
+            raise ProviderMalformed from None
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ProviderMalformed
+    return bytes(body)

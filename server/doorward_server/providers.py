@@ -1,0 +1,89 @@
+"""Provider: an OAuth 2 service that users connect to, as the operator described it.
+
+Imports nothing of the project.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+KAI_TYPES = ("flo", "min", "eag")
+_PROVIDER_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+def _http_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("it has to be an absolute http or https URL")
+    if "@" in parts.netloc or parts.fragment:
+        raise ValueError("it must not hold user information or a fragment")
+    return url
+
+
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+class Provider(BaseModel):
+    """One `[providers.ID]` section. Times are in seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    # kai: flo, min or eag, whose tokens are kept. identity: a service that users log in with.
+    kind: Literal["kai", "identity"]
+    authorize_url: HttpUrl | None = None
+    token_url: HttpUrl | None = None
+    # Where tokens are revoked when a user disconnects (RFC 7009); without it nothing is sent.
+    revocation_url: HttpUrl | None = None
+    lookup_url: str | None = None
+    lookup_id_property: str = "id"
+    client_id: str | None = None
+    client_secret: SecretStr | None = None
+    # A file that holds the secret, relative to the settings file.
+    client_secret_file: Path | None = None
+    # How the token endpoint knows us (RFC 6749, section 2.3.1).
+    token_auth: Literal["client_secret_post", "client_secret_basic", "none"] = "client_secret_post"  # noqa: S105
+    token_method: Literal["post", "get"] = "post"  # noqa: S105
+    redirect_uri: HttpUrl | None = None
+    scopes: tuple[str, ...] = ()
+    # The whole exchange, from the name lookup to the last byte.
+    timeout: float = Field(5.0, gt=0, le=60)
+    connect_timeout: float = Field(2.0, gt=0, le=60)
+    # Between two bytes of the answer.
+    read_timeout: float = Field(5.0, gt=0, le=60)
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Provider":
+        if not _PROVIDER_ID.fullmatch(self.id):
+            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`")
+        if self.client_secret is not None and self.client_secret_file is not None:
+            raise ValueError("client_secret and client_secret_file contradict each other: keep one")
+        if missing := [name for name in self._required() if getattr(self, name) is None]:
+            raise ValueError(
+                f'kind = "{self.kind}" needs {" and ".join(missing)}: add what is missing'
+            )
+        if self.kind == "kai" and self.id not in KAI_TYPES:
+            raise ValueError(
+                'kind = "kai" is for the ids flo, min and eag: rename the section or set kind = "identity"'
+            )
+        return self
+
+    def _required(self) -> list[str]:
+        if self.kind == "identity":
+            return ["lookup_url"]
+        required = ["token_url", "client_id", "redirect_uri"]
+        if self.token_auth != "none" and self.client_secret_file is None:  # noqa: S105
+            required.append("client_secret")
+        return required
+
+    @property
+    def secret(self) -> str:
+        """The client secret, "" when there is none."""
+        return self.client_secret.get_secret_value() if self.client_secret else ""

@@ -1,0 +1,221 @@
+"""What happens around every call, in this order: request id and log line, errors, authentication, policy.
+
+The handler gets the raw message, so that a message that does not parse is answered like any other
+error. Health and reflection, which are not ours and show nothing, pass through.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from doorward_server.errors import CallError, Internal, MalformedRequest
+from doorward_server.logs import Log, describe
+from doorward_server.rpc.policy import Caller, Credentials, Policy, current_caller
+from doorward_server.rpc.status import Metadata, status_code, trailing_metadata
+from doorward_server.service_tokens import ServiceTokens
+from doorward_server.sessions import COOKIE, Sessions, SessionUser
+
+_REQUEST_ID = "x-request-id"
+_ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_BEARER = "bearer "
+# The Unix socket is the trust boundary: only the gateway reaches it.
+_GATEWAY_PEER = "unix:"
+
+
+class Authenticator:
+    """Finds out who calls. Cookies count through the gateway only, service tokens everywhere else only."""
+
+    def __init__(self, sessions: Sessions, service_tokens: ServiceTokens) -> None:
+        self._sessions = sessions
+        self._service_tokens = service_tokens
+
+    def credentials(self, peer: str, metadata: Mapping[str, str | bytes]) -> Credentials:
+        authorization = _text(metadata.get("authorization"))
+        if not peer.startswith(_GATEWAY_PEER):
+            caller = (
+                self._service_tokens.find(authorization[len(_BEARER) :].strip())
+                if authorization.lower().startswith(_BEARER)
+                else None
+            )
+            return Credentials(
+                caller, has_cookie=False, has_authorization=bool(authorization), origin=None
+            )
+        cookie = _session_cookie(_text(metadata.get("cookie")))
+        return Credentials(
+            caller=self._sessions.find(cookie) if cookie else None,
+            has_cookie=cookie is not None,
+            has_authorization="authorization" in metadata,
+            origin=_text(metadata["origin"]) if "origin" in metadata else None,
+        )
+
+
+class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps the handlers of the RPCs that have a policy; refuses to run ours without one."""
+
+    def __init__(
+        self,
+        policies: Mapping[str, Policy],
+        authenticator: Authenticator,
+        log: Log,
+        *,
+        access_log: bool,
+    ) -> None:
+        self._policies = policies
+        self._authenticator = authenticator
+        self._log = log
+        self._access_log = access_log
+        self._wrapped: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is not None:
+            return wrapped
+        handler = continuation(handler_call_details)
+        policy = self._policies.get(method)
+        if handler is None or policy is None:
+            return handler
+        call = _Call(
+            method, handler, policy, self._authenticator, self._log, access_log=self._access_log
+        )
+        wrapped = grpc.unary_unary_rpc_method_handler(call)
+        self._wrapped[method] = wrapped
+        return wrapped
+
+
+class _Call:
+    """One RPC's handler with everything around it. Called with the message's bytes, by many threads."""
+
+    def __init__(
+        self,
+        method: str,
+        handler: grpc.RpcMethodHandler[Any, Any],
+        policy: Policy,
+        authenticator: Authenticator,
+        log: Log,
+        *,
+        access_log: bool,
+    ) -> None:
+        self._method = method
+        self._parse = handler.request_deserializer
+        self._behavior = handler.unary_unary
+        self._serialize = handler.response_serializer
+        self._policy = policy
+        self._authenticator = authenticator
+        self._log = log
+        self._access_log = access_log
+
+    def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        started = time.perf_counter()
+        metadata = dict(context.invocation_metadata())
+        peer = context.peer()
+        request_id = _request_id(metadata)
+        caller: Caller | None = None
+        failure: CallError | None = None
+        answer = b""
+        try:
+            credentials = self._authenticator.credentials(peer, metadata)
+            caller = credentials.caller
+            self._policy.authenticate(credentials)
+            message = self._parse_message(request)
+            self._policy.authorise(caller, message)
+            if b"\0" in request and _holds_nul(message):
+                raise MalformedRequest
+            if caller is not None:
+                current_caller.set(caller)
+            answer = self._serialize(self._behavior(message, context))
+        except CallError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - the catch-all: no caller sees a traceback
+            self._log.error(
+                "unexpected", method=self._method, request_id=request_id, **describe(error)
+            )
+            failure = Internal()
+        if self._access_log:
+            self._write_line(request_id, caller, failure, started)
+        of_gateway = peer.startswith(_GATEWAY_PEER)  # which answers with the id itself
+        trailers: Metadata = () if of_gateway else ((_REQUEST_ID, request_id),)
+        if failure is not None:
+            context.set_trailing_metadata(trailers + trailing_metadata(failure))
+            context.abort(status_code(failure), failure.message)
+        if trailers:
+            context.set_trailing_metadata(trailers)
+        return answer
+
+    def _parse_message(self, request: bytes) -> Message:
+        try:
+            message: Message = self._parse(request)
+        except (DecodeError, ValueError):
+            raise MalformedRequest from None
+        return message
+
+    def _write_line(
+        self, request_id: str, caller: Caller | None, failure: CallError | None, started: float
+    ) -> None:
+        self._log.info(
+            "call",
+            method=self._method,
+            code=failure.code if failure else "OK",
+            reason=failure.reason if failure else None,
+            ms=round((time.perf_counter() - started) * 1000, 3),
+            caller=_name(caller),
+            request_id=request_id,
+        )
+
+
+def _request_id(metadata: Mapping[str, str | bytes]) -> str:
+    """The id that the caller chose, if it is fit for a log line; else a new one."""
+    given = metadata.get(_REQUEST_ID)
+    return (
+        given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else str(uuid.uuid4())
+    )
+
+
+def _name(caller: Caller | None) -> str | None:
+    if caller is None:
+        return None
+    return (
+        f"user:{caller.user_id}"
+        if isinstance(caller, SessionUser)
+        else f"service:{caller.token_id}"
+    )
+
+
+def _text(value: str | bytes | None) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _session_cookie(header: str) -> str | None:
+    """The value of our cookie in a Cookie header (RFC 6265, section 4.2.1); the first one counts."""
+    for pair in header.split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == COOKIE:
+            return value.strip('"')
+    return None
+
+
+def _holds_nul(message: Message) -> bool:
+    """Whether a string anywhere in the message holds a NUL, which no store or peer handles well."""
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else [value]
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            values = [*value.keys(), *value.values()]
+        if any(
+            _holds_nul(item)
+            if isinstance(item, Message)
+            else isinstance(item, str) and "\0" in item
+            for item in values
+        ):
+            return True
+    return False

@@ -1,0 +1,117 @@
+"""Who may call what: the policies that the protos declare, and the one place that judges by them."""
+
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+
+from doorward.auth.v1 import policy_pb2
+from doorward_server.errors import (
+    NoServiceToken,
+    NoSession,
+    NotSelf,
+    OriginNotAllowed,
+    RoleRequired,
+    ServiceTokenRequired,
+    SessionRequired,
+)
+from doorward_server.service_tokens import Service
+from doorward_server.sessions import SessionUser
+from doorward_server.users import ME
+
+Caller = SessionUser | Service
+# The caller of the call that this thread serves. Set before a handler runs.
+current_caller: ContextVar[Caller] = ContextVar("current_caller")
+
+_ANYONE = policy_pb2.CALLER_KIND_ANYONE
+_SELF_SESSION = policy_pb2.CALLER_KIND_SELF_SESSION
+_SERVICE = policy_pb2.CALLER_KIND_SERVICE
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a call came with, already looked up.
+
+    `has_cookie` and `has_authorization` tell what was presented, `caller` what it proved to be.
+    """
+
+    caller: Caller | None
+    has_cookie: bool
+    has_authorization: bool
+    origin: str | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy of one RPC, read from its descriptor."""
+
+    callers: frozenset[int]
+    roles: frozenset[str]
+    allowed_origins: frozenset[str]
+
+    def authenticate(self, credentials: Credentials) -> None:
+        """Refuse a caller of the wrong kind; what the message says does not matter yet."""
+        if _ANYONE in self.callers:
+            return
+        if _SELF_SESSION in self.callers:
+            self._require_session(credentials)
+        elif _SERVICE in self.callers:
+            self._require_service(credentials)
+        else:
+            raise SessionRequired
+
+    def authorise(self, caller: Caller | None, message: Message) -> None:
+        """Refuse a message that names a user other than the caller."""
+        if _SELF_SESSION in self.callers:
+            user_id: str = message.user_id  # type: ignore[attr-defined]
+            if not isinstance(caller, SessionUser) or user_id not in (
+                ME,
+                caller.slug,
+                str(caller.user_id),
+            ):
+                raise NotSelf
+
+    def _require_session(self, credentials: Credentials) -> None:
+        origin = credentials.origin
+        if origin is not None and origin.lower() not in self.allowed_origins:
+            raise OriginNotAllowed
+        if isinstance(credentials.caller, SessionUser):
+            return
+        raise (
+            SessionRequired
+            if credentials.has_authorization and not credentials.has_cookie
+            else NoSession
+        )
+
+    def _require_service(self, credentials: Credentials) -> None:
+        caller = credentials.caller
+        if isinstance(caller, Service):
+            if not caller.roles & self.roles:
+                raise RoleRequired
+            return
+        raise ServiceTokenRequired if credentials.has_cookie else NoServiceToken
+
+
+def read_policies(
+    services: Iterable[ServiceDescriptor], allowed_origins: frozenset[str]
+) -> Mapping[str, Policy]:
+    """The policy of every RPC by its full name (`/package.Service/Method`); LookupError when one has none."""
+    return {
+        f"/{service.full_name}/{method.name}": _read_policy(method, allowed_origins)
+        for service in services
+        for method in service.methods
+    }
+
+
+def _read_policy(method: MethodDescriptor, allowed_origins: frozenset[str]) -> Policy:
+    options = method.GetOptions()
+    if not options.HasExtension(policy_pb2.policy):
+        raise LookupError(f"{method.full_name} declares no policy")
+    declared = options.Extensions[policy_pb2.policy]
+    roles = frozenset(
+        policy_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in declared.roles
+    )
+    return Policy(frozenset(declared.callers), roles, allowed_origins)

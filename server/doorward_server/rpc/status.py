@@ -1,0 +1,29 @@
+"""Errors as gRPC statuses: the code, the message, and a google.rpc.ErrorInfo as detail."""
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from doorward_server.errors import CallError
+
+DOMAIN = "doorward"
+# Where gRPC looks for a google.rpc.Status, and what the gateway makes JSON of.
+_DETAILS = "grpc-status-details-bin"
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+def status_code(error: CallError) -> grpc.StatusCode:
+    """The gRPC code that the error's class names."""
+    return grpc.StatusCode[error.code]
+
+
+def trailing_metadata(error: CallError) -> Metadata:
+    """The details of an error."""
+    detail = any_pb2.Any()
+    detail.Pack(
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    )
+    number: int = status_code(error).value[0]
+    status = status_pb2.Status(code=number, message=error.message, details=[detail])
+    return ((_DETAILS, status.SerializeToString()),)

@@ -1,0 +1,71 @@
+"""Service tokens: what backends and the bot present on the gRPC port. Imports `models` and below."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from doorward_server.clock import Clock
+from doorward_server.crypto import fingerprint, make_secret
+from doorward_server.database import Database
+from doorward_server.errors import ServiceTokenNotFound
+from doorward_server.models import ServiceToken, to_micros
+
+ROLES = ("bot", "backend", "operator")
+# Told apart from other secrets by people and by scanners of repositories.
+_PREFIX = "dwt_"
+_FIND = "SELECT id, roles, last_used_at FROM service_tokens WHERE token_hash = ? AND (expires_at IS NULL OR expires_at > ?)"
+# The last use is written down at most so often: a write per call would cost more than the call.
+_USE_RESOLUTION = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The program that holds a token."""
+
+    token_id: int
+    roles: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ServiceTokens:
+    """Owns the table `service_tokens`."""
+
+    database: Database
+    clock: Clock
+
+    def create(
+        self, roles: Iterable[str], name: str = "", lifetime: timedelta | None = None
+    ) -> tuple[ServiceToken, str]:
+        """Make a token; returns it and its value, which is stored nowhere. None: it does not expire."""
+        value, now = _PREFIX + make_secret(), self.clock.now()
+        with self.database.writing():
+            token = ServiceToken.create(
+                name=name,
+                token_hash=fingerprint(value),
+                roles=",".join(sorted(set(roles))),
+                created_at=now,
+                expires_at=now + lifetime if lifetime else None,
+            )
+        return token, value
+
+    def find(self, value: str) -> Service | None:
+        """The live token with this value."""
+        now = self.clock.now()
+        row = self.database.fetch_one(_FIND, (fingerprint(value), to_micros(now)))
+        if row is None:
+            return None
+        token_id, roles, last_used_at = row
+        if last_used_at is None or last_used_at <= to_micros(now - _USE_RESOLUTION):
+            with self.database.writing():
+                ServiceToken.update(last_used_at=now).where(ServiceToken.id == token_id).execute()
+        return Service(token_id, frozenset(roles.split(",")))
+
+    def list(self) -> list[ServiceToken]:
+        """Every token that was not revoked, expired ones too."""
+        return self.database.fetch_all(ServiceToken.select().order_by(ServiceToken.id))
+
+    def revoke(self, token_id: int) -> None:
+        """End a token; raises ServiceTokenNotFound."""
+        with self.database.writing():
+            if not ServiceToken.delete().where(ServiceToken.id == token_id).execute():
+                raise ServiceTokenNotFound

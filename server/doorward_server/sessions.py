@@ -1,0 +1,69 @@
+"""Sessions: what a browser's cookie stands for. Imports `users`, `models` and below."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from doorward_server.clock import Clock
+from doorward_server.crypto import fingerprint, make_secret
+from doorward_server.database import Database
+from doorward_server.errors import SessionNotFound
+from doorward_server.models import Session, User, to_micros
+
+COOKIE = "doorward_session"
+_FIND = "SELECT s.id, s.user_id, u.slug FROM sessions s JOIN users u ON u.id = s.user_id WHERE s.token_hash = ? AND s.expires_at > ?"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionUser:
+    """Whose session it is."""
+
+    session_id: int
+    user_id: int
+    slug: str
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """Owns the table `sessions`."""
+
+    database: Database
+    clock: Clock
+    lifetime: timedelta
+
+    def create(self, user: User) -> tuple[Session, str]:
+        """Start a session; returns it and the cookie's value, which is stored nowhere."""
+        cookie, now = make_secret(), self.clock.now()
+        with self.database.writing():
+            session = Session.create(
+                user=user,
+                token_hash=fingerprint(cookie),
+                created_at=now,
+                expires_at=now + self.lifetime,
+            )
+        return session, cookie
+
+    def find(self, cookie: str) -> SessionUser | None:
+        """The live session that a cookie's value stands for. On the path of every call."""
+        row = self.database.fetch_one(_FIND, (fingerprint(cookie), to_micros(self.clock.now())))
+        return SessionUser(*row) if row else None
+
+    def list(self, user: User | None = None) -> list[Session]:
+        """The live sessions, of one user or of all."""
+        query = (
+            Session.select(Session, User)
+            .join(User)
+            .where(Session.expires_at > self.clock.now())
+            .order_by(Session.id)
+        )
+        return self.database.fetch_all(query.where(Session.user == user) if user else query)
+
+    def revoke(self, session_id: int) -> None:
+        """End a session; raises SessionNotFound."""
+        with self.database.writing():
+            if not Session.delete().where(Session.id == session_id).execute():
+                raise SessionNotFound
+
+    def sweep(self) -> int:
+        """Delete the expired sessions; returns how many."""
+        with self.database.writing():
+            return int(Session.delete().where(Session.expires_at <= self.clock.now()).execute())

@@ -1,0 +1,358 @@
+"""Every setting, documented beside its default; the only reader of the environment.
+
+Settings come from a TOML file and from the environment, which wins: `[grpc] port` is
+`DOORWARD_GRPC_PORT`. Imports `providers` and `errors`.
+"""
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from doorward_server.errors import OperatorError
+from doorward_server.providers import HttpUrl, Provider
+
+PREFIX = "DOORWARD_"
+# Variables that are not judged by name: other programs' (the launcher, the bot, the stand-ins of
+# `make up`) and those whose names the operator chooses.
+_OPEN = tuple(
+    f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "PROVIDERS", "LIMITS", "CALLBACKS")
+)
+# The longest path that a Unix socket's address holds (sun_path, less its final NUL).
+_SOCKET_PATH_BYTES = 107
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+def _split(value: object) -> object:
+    """A list may be written as `a, b` in the environment."""
+    return (
+        [item.strip() for item in value.split(",") if item.strip()]
+        if isinstance(value, str)
+        else value
+    )
+
+
+Listed = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatabaseSection(Section):
+    # sqlite:///absolute/path; unset: doorward.db in the home.
+    url: str | None = None
+    # How long a write waits for another process's, in seconds.
+    busy_timeout: Seconds = 5.0
+
+
+class GrpcSection(Section):
+    # The TCP port, for service tokens only.
+    host: str = "127.0.0.1"
+    port: Port = 50051
+    # The Unix socket of the gateway; unset: doorward-PORT.sock in the home.
+    socket: Path | None = None
+    # Calls served at once; the rest waits.
+    threads: int = Field(64, ge=2, le=1024)
+    # Calls taken in at once, waiting ones too; more are refused with RESOURCE_EXHAUSTED.
+    max_concurrent_rpcs: int = Field(512, ge=2)
+    # Server reflection, so that grpcurl works without the protos.
+    reflection: bool = False
+    # On SIGTERM: seconds between telling the gateway and refusing calls, and for calls under way.
+    drain_wait: float = Field(1.0, ge=0)
+    drain_grace: float = Field(2.5, ge=0)
+
+
+class GatewaySection(Section):
+    """What the server has to know of the gateway; the launcher reads the rest."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    port: Port = 8080
+    # How long the gateway waits for an answer, in seconds.
+    timeout: Seconds = 15.0
+
+
+class LogSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    # One line per call.
+    access: bool = True
+
+
+class OutboundSection(Section):
+    """Requests to providers."""
+
+    # ip:port pairs that may be connected to although they are not global unicast addresses.
+    allow: Listed = ()
+    # Requests under way at once, in all and per provider; more are refused with BUSY.
+    concurrency: int = Field(48, ge=1)
+    per_provider: int = Field(32, ge=1)
+    # Calls that wait for another call's exchange or refresh; more are refused with BUSY.
+    waiting: int = Field(48, ge=1)
+    # A PEM file with certificate authorities to trust beside the public ones.
+    ca_file: Path | None = None
+
+
+class RefreshSection(Section):
+    # How long one refresh may take before another process may try; longer than any provider's timeout.
+    lease: Seconds = 10.0
+
+
+class SessionsSection(Section):
+    # Seconds that a session lives: one year.
+    lifetime: Seconds = 365 * 86400.0
+
+
+class JobsSection(Section):
+    # Seconds between attempts; after the last one the job is abandoned.
+    schedule: tuple[Seconds, ...] = (5, 30, 120, 600, 3600, 6 * 3600, 24 * 3600)
+    # A claimed job belongs to its worker for so long; longer than any provider's timeout.
+    lease: Seconds = 60.0
+    # Seconds between looks for jobs that another process has queued.
+    poll: Seconds = 0.5
+    threads: int = Field(4, ge=1, le=64)
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    # Where the state lives. In the environment only.
+    home: Path
+    # The settings file. In the environment only.
+    config: Path
+    # The master key itself, or the file that holds it (unset: master.key in the home).
+    master_key: SecretStr | None = None
+    master_key_file: Path | None = None
+    # Where browsers find the gateway (unset: its own address), and the other origins that may call it.
+    public_url: HttpUrl | None = None
+    allowed_origins: Listed = ()
+
+    database: DatabaseSection = DatabaseSection()
+    grpc: GrpcSection = GrpcSection()
+    gateway: GatewaySection = GatewaySection()
+    log: LogSection = LogSection()
+    outbound: OutboundSection = OutboundSection()
+    refresh: RefreshSection = RefreshSection()
+    sessions: SessionsSection = SessionsSection()
+    jobs: JobsSection = JobsSection()
+    providers: dict[str, Provider] = {}
+    # Sections of services to come; nothing reads them yet.
+    callbacks: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        config: Path = init_settings()["config"]
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_providers(cls, values: dict[str, Any]) -> dict[str, Any]:
+        sections = values.get("providers")
+        if not isinstance(sections, dict):
+            return values
+        named = {
+            key: {**section, "id": key} if isinstance(section, dict) else section
+            for key, section in sections.items()
+        }
+        return {**values, "providers": named}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Settings":
+        for provider in self.providers.values():
+            where = f"[providers.{provider.id}] timeout ({provider.timeout:g} s)"
+            if provider.timeout >= self.gateway.timeout:
+                raise ValueError(
+                    f"{where} has to be shorter than [gateway] timeout ({self.gateway.timeout:g} s): lower it or raise that"
+                )
+            if provider.timeout >= self.refresh.lease:
+                raise ValueError(
+                    f"{where} has to be shorter than [refresh] lease ({self.refresh.lease:g} s): lower it or raise that"
+                )
+            if provider.timeout >= self.jobs.lease:
+                raise ValueError(
+                    f"{where} has to be shorter than [jobs] lease ({self.jobs.lease:g} s): lower it or raise that"
+                )
+        if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
+            raise ValueError(
+                "[grpc] drain_wait and drain_grace have to end within 4 s together: lower one"
+            )
+        if not self.database_url.startswith("sqlite:///"):
+            raise ValueError("[database] url has to begin with sqlite:///")
+        if len(os.fsencode(self.socket)) > _SOCKET_PATH_BYTES:
+            raise ValueError(
+                f"the path of the Unix socket, {self.socket}, is longer than {_SOCKET_PATH_BYTES} bytes: set [grpc] socket (DOORWARD_GRPC_SOCKET) to a shorter one"
+            )
+        return self
+
+    @property
+    def database_url(self) -> str:
+        return self.database.url or f"sqlite:///{self.home / 'doorward.db'}"
+
+    @property
+    def socket(self) -> Path:
+        return self.grpc.socket or self.home / f"doorward-{self.grpc.port}.sock"
+
+    @property
+    def key_file(self) -> Path:
+        return self.master_key_file or self.home / "master.key"
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """The origins whose pages may call the cookie routes, in the form of an Origin header."""
+        public_url = self.public_url or f"http://127.0.0.1:{self.gateway.port}"
+        return frozenset(url.rstrip("/").lower() for url in (public_url, *self.allowed_origins))
+
+
+def default_home() -> Path:
+    """`var/` of the checkout that this package runs from, else of the working directory."""
+    checkout = Path(__file__).resolve().parents[2]
+    root = checkout if (checkout / "envoy.yaml").is_file() else Path.cwd()
+    return root / "var"
+
+
+def places(home: Path | None = None) -> tuple[Path, Path]:
+    """The home and the settings file, whether they exist or not."""
+    home = (home or Path(os.environ.get("DOORWARD_HOME") or default_home())).absolute()
+    config = os.environ.get("DOORWARD_CONFIG")
+    return home, Path(config).absolute() if config else home / "doorward.toml"
+
+
+def load(home: Path | None = None) -> Settings:
+    """Read the settings; OperatorError says which one is wrong and how to mend it."""
+    home, config = places(home)
+    _refuse_unknown_variables()
+    if "DOORWARD_CONFIG" in os.environ and not config.is_file():
+        raise OperatorError(
+            f"there is no settings file {config}: mend DOORWARD_CONFIG or run `doorward init`"
+        )
+    try:
+        settings = Settings(home=home, config=config)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{config} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise OperatorError(f"cannot read the settings file {config}: {error.strerror}") from None
+    except SettingsError as error:
+        raise OperatorError(f"a setting in the environment cannot be read: {error}") from None
+    except ValidationError as error:
+        raise OperatorError(
+            "\n".join(_sentence(config, problem) for problem in error.errors())
+        ) from None
+    providers = {
+        key: _with_secret(provider, config) for key, provider in settings.providers.items()
+    }
+    return settings.model_copy(update={"providers": providers})
+
+
+def _with_secret(provider: Provider, config: Path) -> Provider:
+    if provider.client_secret_file is None:
+        return provider
+    path = config.parent / provider.client_secret_file
+    try:
+        secret = path.read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise OperatorError(
+            f"[providers.{provider.id}] client_secret_file: cannot read {path}: {reason}"
+        ) from None
+    return provider.model_copy(update={"client_secret": SecretStr(secret)})
+
+
+def _known_variables() -> set[str]:
+    names = set()
+    for name, setting in Settings.model_fields.items():
+        section = setting.annotation
+        keys = (
+            section.model_fields
+            if isinstance(section, type) and issubclass(section, Section)
+            else {}
+        )
+        names |= {f"{PREFIX}{name}_{key}".upper() for key in keys} or {f"{PREFIX}{name}".upper()}
+    return names
+
+
+def _refuse_unknown_variables() -> None:
+    known = _known_variables()
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known and not name.startswith(_OPEN):
+            raise OperatorError(
+                f"{name} is not a setting{_did_you_mean(name, known)}: mend or unset it"
+            )
+
+
+def _did_you_mean(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _sentence(config: Path, problem: Any) -> str:
+    """One problem that pydantic found, for a person. It never shows the value, which may be secret."""
+    where = [str(part) for part in problem["loc"]]
+    match problem["type"]:
+        case "missing":
+            what = "is missing: add it"
+        case "extra_forbidden":
+            what = (
+                f"is not a setting{_did_you_mean(where[-1], _siblings(where))}: mend or remove it"
+            )
+        case "value_error":
+            what = str(problem["ctx"]["error"])
+        case _:
+            what = problem["msg"][0].lower() + problem["msg"][1:]
+    if not where:
+        return f"{config}: {what}"
+    *section, key = where
+    if section[:1] == ["providers"] or where[0] == "providers":
+        section, key = where[:2], ".".join(where[2:])
+    name = f"[{'.'.join(section)}] {key}".strip() if section else key
+    variable = "_".join(where).upper()
+    also = f" (or {PREFIX}{variable})" if f"{PREFIX}{variable}" in _known_variables() else ""
+    return f"{config}: {name}{also}: {what}"
+
+
+def _siblings(where: list[str]) -> set[str]:
+    if len(where) == 1:
+        return set(Settings.model_fields) - {"home", "config"}
+    if where[0] == "providers":
+        return set(Provider.model_fields)
+    section = Settings.model_fields[where[0]].annotation
+    return (
+        set(section.model_fields)
+        if isinstance(section, type) and issubclass(section, Section)
+        else set()
+    )

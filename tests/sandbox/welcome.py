@@ -1,0 +1,62 @@
+"""Tells whoever typed `make up` where everything is and what to try, once everything answers."""
+
+import os
+import signal
+import threading
+from urllib.parse import urlencode
+
+import httpx
+
+_LINES = """\
+Doorward is up: {gateway}   (the stand-in provider: {provider})
+In another terminal, connect a user's flo account:
+{home}.venv/bin/doorward user create --name Ada
+COOKIE=$(.venv/bin/doorward session create --user ada)
+CODE=$(curl -sSL -d '{consent}' {provider}/authorize)
+curl -sS -H "Cookie: doorward_session=$COOKIE" -H 'Content-Type: application/json' -d "{{\\"code\\": \\"$CODE\\"}}" {gateway}/api/v1/users/me/integrations/kai/flo/oauth2callback
+curl -sS -H "Cookie: doorward_session=$COOKIE" {gateway}/api/v1/users/me/integrations/kai/flo
+Ctrl-C stops everything.\
+"""
+
+
+def render(gateway: str, provider: str, home: str | None) -> str:
+    """What is printed; `home` is DOORWARD_HOME, if it is set."""
+    grant = {
+        "client_id": "flo-client",
+        "redirect_uri": f"{provider}/app/callback",
+        "user": "ada",
+        "decision": "allow",
+    }
+    consent = urlencode(grant, safe=":/")
+    return _LINES.format(
+        gateway=gateway,
+        provider=provider,
+        consent=consent,
+        home=f"export DOORWARD_HOME={home}\n" if home else "",
+    )
+
+
+def main() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    gateway = f"http://127.0.0.1:{os.environ.get('DOORWARD_GATEWAY_PORT', '8080')}"
+    provider = f"http://127.0.0.1:{os.environ.get('DOORWARD_SANDBOX_PORT', '9100')}"
+    with httpx.Client(trust_env=False) as client:
+        waiting = [f"{gateway}/healthz", f"{provider}/healthz"]
+        while waiting and not stop.wait(0.1):
+            waiting = [url for url in waiting if not _answers(client, url)]
+    if not waiting:
+        print(render(gateway, provider, os.environ.get("DOORWARD_HOME")), flush=True)
+    stop.wait()  # honcho stops everything when one process ends
+
+
+def _answers(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
