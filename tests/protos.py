@@ -21,12 +21,8 @@ _GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 def generate(stubs: Path, descriptors: Path) -> None:
     """Write the stubs below one folder, and the descriptors to a file."""
-    sources = sorted(
-        str(path.relative_to(PROTOS)) for path in (PROTOS / "doorward").rglob("*.proto")
-    )
-    plugins = [
-        f"--plugin={name}={BIN / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
-    ]
+    sources = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / "doorward").rglob("*.proto"))
+    plugins = [f"--plugin={name}={BIN / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
     outputs = [f"--{kind}_out={stubs}" for kind in ("python", "grpc_python")]
     outputs += [f"--{kind}_out=quiet:{stubs}" for kind in ("mypy", "mypy_grpc")]
     _run(sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", *plugins, *outputs, *sources)

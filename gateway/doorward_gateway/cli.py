@@ -50,9 +50,7 @@ def gateway(
     ] = False,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,  # noqa: ARG001
 ) -> None:
     """Run the public gateway, an Envoy in front of the server, until SIGTERM or Ctrl-C."""

@@ -53,9 +53,7 @@ def _find(packaged: str, checked_out: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise GatewayError(
-        f"the installation is damaged: {packaged} is missing. Install doorward[gateway] again"
-    )
+    raise GatewayError(f"the installation is damaged: {packaged} is missing. Install doorward[gateway] again")
 
 
 def _set_address(address: dict[str, Any], host: str, port: int) -> None:

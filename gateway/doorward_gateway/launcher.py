@@ -47,9 +47,7 @@ class Launcher:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: (stopping.set(), over.set()))
         # A session of its own: Ctrl-C is for the launcher, which then drains.
-        envoy = subprocess.Popen(
-            self._command(), start_new_session=True, preexec_fn=_die_with_parent
-        )  # noqa: S603, PLW1509
+        envoy = subprocess.Popen(self._command(), start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
         threading.Thread(target=lambda: (envoy.wait(), over.set()), daemon=True).start()
         if self._await_ready(over):
             on_ready()

@@ -28,11 +28,7 @@ class GatewayError(Exception):
 
 
 def _split(value: object) -> object:
-    return (
-        [item.strip() for item in value.split(",") if item.strip()]
-        if isinstance(value, str)
-        else value
-    )
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
 class GatewaySection(BaseModel):
@@ -117,9 +113,7 @@ def checkout() -> Path | None:
 
 def load(home: Path | None = None) -> Settings:
     """Read the settings; GatewayError says which one is wrong."""
-    home = (
-        home or Path(os.environ.get("DOORWARD_HOME") or (checkout() or Path.cwd()) / "var")
-    ).absolute()
+    home = (home or Path(os.environ.get("DOORWARD_HOME") or (checkout() or Path.cwd()) / "var")).absolute()
     config = Path(os.environ.get("DOORWARD_CONFIG") or home / "doorward.toml").absolute()
     try:
         return Settings(home=home, config=config)

@@ -74,9 +74,7 @@ class App:
 
     @cached_property
     def sessions(self) -> Sessions:
-        return Sessions(
-            self.database, self.clock, timedelta(seconds=self.settings.sessions.lifetime)
-        )
+        return Sessions(self.database, self.clock, timedelta(seconds=self.settings.sessions.lifetime))
 
     @cached_property
     def service_tokens(self) -> ServiceTokens:
@@ -133,9 +131,7 @@ class App:
     def interceptor(self) -> CallInterceptor:
         policies = read_policies(SERVICES, self.settings.origins)
         authenticator = Authenticator(self.sessions, self.service_tokens)
-        return CallInterceptor(
-            policies, authenticator, self.log, access_log=self.settings.log.access
-        )
+        return CallInterceptor(policies, authenticator, self.log, access_log=self.settings.log.access)
 
     def add_services(self, server: grpc.Server) -> None:
         integration_service_pb2_grpc.add_IntegrationServiceServicer_to_server(
@@ -243,9 +239,7 @@ def _listen(server: grpc.Server, settings: Settings) -> None:
         ) from None
     path = settings.socket
     if _is_served(path):
-        raise OperatorError(
-            f"another server answers on {path}: stop it or set DOORWARD_GRPC_SOCKET"
-        )
+        raise OperatorError(f"another server answers on {path}: stop it or set DOORWARD_GRPC_SOCKET")
     try:
         server.add_insecure_port(f"unix:{path}")
         path.chmod(0o600)

@@ -36,9 +36,7 @@ cli = typer.Typer(
 )
 user_cli = typer.Typer(help="The people whose connections are kept.", **_HELP)
 session_cli = typer.Typer(help="What a browser's cookie stands for.", **_HELP)
-token_cli = typer.Typer(
-    help="Service tokens: what backends and the bot present on the gRPC port.", **_HELP
-)
+token_cli = typer.Typer(help="Service tokens: what backends and the bot present on the gRPC port.", **_HELP)
 cli.add_typer(user_cli, name="user")
 cli.add_typer(session_cli, name="session")
 cli.add_typer(token_cli, name="token")
@@ -53,9 +51,7 @@ def run() -> None:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         sys.exit(f"doorward: {error}{cause}")
     except OSError as error:
-        sys.exit(
-            f"doorward: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": ")
-        )
+        sys.exit(f"doorward: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "))
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,9 +68,7 @@ def _options(
     ] = None,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,  # noqa: ARG001
 ) -> None:
     ctx.obj = home
@@ -92,9 +86,7 @@ def init(
     ctx: typer.Context,
     settings: Annotated[
         Path | None,
-        typer.Option(
-            help="Start with a copy of this settings file (`-`: standard input).", allow_dash=True
-        ),
+        typer.Option(help="Start with a copy of this settings file (`-`: standard input).", allow_dash=True),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -122,9 +114,7 @@ def init(
     for path in created:
         typer.echo(f"created {path}")
     typer.echo(
-        f"ready: {home} (master key {key_id})"
-        if created
-        else f"nothing to do: {home} has all it needs"
+        f"ready: {home} (master key {key_id})" if created else f"nothing to do: {home} has all it needs"
     )
 
 

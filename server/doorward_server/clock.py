@@ -12,9 +12,7 @@ class Clock:
         """The current time, aware, UTC."""
         return datetime.now(UTC)
 
-    def polls(
-        self, seconds: float, *, first: float = 0.005, longest: float = 0.05
-    ) -> Iterator[float]:
+    def polls(self, seconds: float, *, first: float = 0.005, longest: float = 0.05) -> Iterator[float]:
         """Wait in growing steps (in seconds), yielding what is left of `seconds` after each."""
         deadline = time.monotonic() + seconds
         step = first

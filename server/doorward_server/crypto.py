@@ -118,18 +118,14 @@ class KeyRing:
         """Read a key file, which nobody but its owner may have access to."""
         try:
             if path.stat().st_mode & 0o077:
-                raise OperatorError(
-                    f"others can read the master key {path}: run `chmod 600 {path}`"
-                )
+                raise OperatorError(f"others can read the master key {path}: run `chmod 600 {path}`")
             text = path.read_bytes().decode("ascii")
         except FileNotFoundError:
             raise OperatorError(
                 f"there is no master key: neither DOORWARD_MASTER_KEY nor the file {path}. Make one with `doorward init`"
             ) from None
         except UnicodeDecodeError:
-            raise OperatorError(
-                f"{path} is not a master key file: restore it from a backup"
-            ) from None
+            raise OperatorError(f"{path} is not a master key file: restore it from a backup") from None
         except OSError as error:
             raise OperatorError(f"cannot read the master key {path}: {error.strerror}") from None
         return cls.parse(text, str(path))
@@ -145,11 +141,7 @@ class KeyRing:
     def open(self, sealed: bytes, place: Place) -> str:
         """The value; CannotOpen when it was altered, moved, or sealed with a key that is not here."""
         cipher = self._ciphers.get(sealed[1:_WRAPPED_AT])
-        if (
-            sealed[:1] != _VERSION
-            or cipher is None
-            or len(sealed) < _VALUE_AT + _NONCE_BYTES + _TAG_BYTES
-        ):
+        if sealed[:1] != _VERSION or cipher is None or len(sealed) < _VALUE_AT + _NONCE_BYTES + _TAG_BYTES:
             raise CannotOpen
         aad = bytes(place)
         wrap_nonce, wrapped = _split(sealed[_WRAPPED_AT:_VALUE_AT])

@@ -113,9 +113,7 @@ class Integrations:
             raise UserNotFound from None
 
     @storage_failures()
-    def access_token(
-        self, handle: str, provider_id: str, min_ttl: int = DEFAULT_MIN_TTL
-    ) -> AccessToken:
+    def access_token(self, handle: str, provider_id: str, min_ttl: int = DEFAULT_MIN_TTL) -> AccessToken:
         """A token that is valid for `min_ttl` more seconds, refreshed if needed. See GetAccessToken for the errors."""
         try:
             user_id = self.users.get(handle).id
@@ -175,9 +173,7 @@ class Integrations:
             raise
         except CallError as failure:
             with self.database.writing():
-                outcome = CodeClaim.update(
-                    outcome=failure.reason, oauth_error=failure.metadata.get("error")
-                )
+                outcome = CodeClaim.update(outcome=failure.reason, oauth_error=failure.metadata.get("error"))
                 outcome.where(CodeClaim.id == claim.id).execute()
             raise
 
@@ -186,9 +182,7 @@ class Integrations:
         with contextlib.ExitStack() as slots:
             waits: Iterator[float] | None = None
             while True:
-                claim = CodeClaim.get_or_none(
-                    provider=provider.id, code_hash=fingerprint(code), user=user_id
-                )
+                claim = CodeClaim.get_or_none(provider=provider.id, code_hash=fingerprint(code), user=user_id)
                 if claim is None:
                     raise CodeAlreadyUsed
                 if claim.outcome is not None:
@@ -233,25 +227,19 @@ class Integrations:
             **values,
         )
 
-    def _sealed(
-        self, connection_id: int, pair: TokenPair, *, keep_refresh_token: bool
-    ) -> dict[str, Any]:
+    def _sealed(self, connection_id: int, pair: TokenPair, *, keep_refresh_token: bool) -> dict[str, Any]:
         """The columns of a new pair. A refresh whose answer holds no refresh token keeps the old one."""
         now = self.clock.now()
         values: dict[str, Any] = {
             "access_token": self.keys.seal(pair.access_token, _access_token_of(connection_id)),
-            "expires_at": now + timedelta(seconds=pair.expires_in)
-            if pair.expires_in is not None
-            else None,
+            "expires_at": now + timedelta(seconds=pair.expires_in) if pair.expires_in is not None else None,
             "obtained_at": now,
             "needs_reauth": False,
             "lease_expires_at": None,
             "lease_failure": None,
         }
         if pair.refresh_token is not None:
-            values["refresh_token"] = self.keys.seal(
-                pair.refresh_token, _refresh_token_of(connection_id)
-            )
+            values["refresh_token"] = self.keys.seal(pair.refresh_token, _refresh_token_of(connection_id))
         elif not keep_refresh_token:
             values["refresh_token"] = None
         return values
@@ -281,15 +269,11 @@ class Integrations:
             if pair.refresh_token
             else (pair.access_token, "access_token")
         )
-        self.jobs.queue(
-            REVOCATION, {"provider": provider_id, "token": token, "token_type_hint": hint}
-        )
+        self.jobs.queue(REVOCATION, {"provider": provider_id, "token": token, "token_type_hint": hint})
 
     # Refreshing
 
-    def _fresh_token(
-        self, first: Connection, min_ttl: timedelta, slots: contextlib.ExitStack
-    ) -> AccessToken:
+    def _fresh_token(self, first: Connection, min_ttl: timedelta, slots: contextlib.ExitStack) -> AccessToken:
         """The stored token, or a new one that this call or another one gets from the provider."""
         waits: Iterator[float] | None = None
         connection = first
@@ -326,9 +310,7 @@ class Integrations:
         return connection.expires_at - self.clock.now() > needed
 
     def _lease_is_free(self, connection: Connection) -> bool:
-        return (
-            connection.lease_expires_at is None or connection.lease_expires_at <= self.clock.now()
-        )
+        return connection.lease_expires_at is None or connection.lease_expires_at <= self.clock.now()
 
     def _refresh(self, provider: Provider, connection: Connection, min_ttl: timedelta) -> None:
         """Refresh under the lease, if this call gets it; the row then tells how it went."""
@@ -365,11 +347,7 @@ class Integrations:
                 return None
             held = _get(connection.user_id, connection.provider)
             # The holder that was seen before may have finished in the meantime.
-            if (
-                _has_new_pair(held, since=connection)
-                or held.needs_reauth
-                or self._is_fresh(held, min_ttl)
-            ):
+            if _has_new_pair(held, since=connection) or held.needs_reauth or self._is_fresh(held, min_ttl):
                 self._write(held, epoch=epoch, lease_expires_at=None)
                 return None
             return held

@@ -36,11 +36,7 @@ class RetryPolicy:
 
     def delay(self, attempts: int) -> timedelta | None:
         """How long to wait after so many attempts (at least one); None: give up."""
-        return (
-            timedelta(seconds=self.schedule[attempts - 1])
-            if attempts <= len(self.schedule)
-            else None
-        )
+        return timedelta(seconds=self.schedule[attempts - 1]) if attempts <= len(self.schedule) else None
 
 
 class Jobs:
@@ -114,8 +110,7 @@ class Worker:
         self._log = log
         self._stopping = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, name=f"worker-{n}", daemon=True)
-            for n in range(threads)
+            threading.Thread(target=self._run, name=f"worker-{n}", daemon=True) for n in range(threads)
         ]
 
     def start(self) -> None:
@@ -171,9 +166,7 @@ class Worker:
 
     def _give_up(self, job: Job, reason: str) -> None:
         self._jobs.put_off(job, None, reason)
-        self._log.error(
-            "job abandoned", job_id=job.id, kind=job.kind, attempts=job.attempts, reason=reason
-        )
+        self._log.error("job abandoned", job_id=job.id, kind=job.kind, attempts=job.attempts, reason=reason)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -97,9 +97,7 @@ class Connection(peewee.Model):
     needs_reauth = peewee.BooleanField()
     lease_epoch = peewee.IntegerField()
     lease_expires_at = TimeField(null=True)
-    lease_failure = peewee.TextField(
-        null=True
-    )  # how the last refresh ended, for those who waited for it
+    lease_failure = peewee.TextField(null=True)  # how the last refresh ended, for those who waited for it
     created_at = TimeField()
 
     class Meta:
@@ -113,9 +111,7 @@ class CodeClaim(peewee.Model):
     provider = peewee.TextField()
     code_hash = peewee.BlobField()
     user = peewee.ForeignKeyField(User)
-    outcome = peewee.TextField(
-        null=True
-    )  # "connected", the reason of the error, or unset while under way
+    outcome = peewee.TextField(null=True)  # "connected", the reason of the error, or unset while under way
     oauth_error = peewee.TextField(null=True)
     created_at = TimeField()
 

@@ -85,13 +85,9 @@ class OAuth:
     def _token_request(self, provider: Provider, grant: Mapping[str, str]) -> Answer:
         if provider.token_url is None:
             raise ProviderNotConfigured
-        return self._authenticated(
-            provider, provider.token_method.upper(), provider.token_url, grant
-        )
+        return self._authenticated(provider, provider.token_method.upper(), provider.token_url, grant)
 
-    def _authenticated(
-        self, provider: Provider, method: str, url: str, form: Mapping[str, str]
-    ) -> Answer:
+    def _authenticated(self, provider: Provider, method: str, url: str, form: Mapping[str, str]) -> Answer:
         """A request with the client's authentication (RFC 6749, section 2.3.1)."""
         client_id = provider.client_id or ""
         form, headers = dict(form), {}

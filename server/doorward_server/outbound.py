@@ -146,18 +146,14 @@ class _GuardedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        addresses = [
-            address for address in self._resolve(host, port) if self._may_connect(address, port)
-        ]
+        addresses = [address for address in self._resolve(host, port) if self._may_connect(address, port)]
         if not addresses:
             raise httpcore.ConnectError("the address is not allowed")
         failure: Exception | None = None
         for address in addresses:
             try:
                 within = _within_deadline(timeout, httpcore.ConnectTimeout)
-                stream = self._backend.connect_tcp(
-                    str(address), port, within, local_address, socket_options
-                )
+                stream = self._backend.connect_tcp(str(address), port, within, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
             else:
@@ -171,9 +167,9 @@ class _GuardedBackend(httpcore.NetworkBackend):
         with contextlib.suppress(ValueError):
             return [ipaddress.ip_address(host)]
         try:
-            found = self._resolver.submit(
-                socket.getaddrinfo, host, port, type=socket.SOCK_STREAM
-            ).result(max(_left(), 0))
+            found = self._resolver.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM).result(
+                max(_left(), 0)
+            )
         except LookupTimeout:
             raise httpcore.ConnectTimeout("the name was not resolved in time") from None
         except (OSError, UnicodeError):
@@ -349,9 +345,7 @@ def _read(response: httpx.Response) -> bytes:
     body = bytearray()
     for chunk in response.iter_raw():
         try:
-            body += (
-                inflater.decompress(chunk, MAX_ANSWER_BYTES + 1 - len(body)) if inflater else chunk
-            )
+            body += inflater.decompress(chunk, MAX_ANSWER_BYTES + 1 - len(body)) if inflater else chunk
         except zlib.error:
             raise ProviderMalformed from None
         if len(body) > MAX_ANSWER_BYTES:

@@ -66,9 +66,7 @@ class Provider(BaseModel):
         if self.client_secret is not None and self.client_secret_file is not None:
             raise ValueError("client_secret and client_secret_file contradict each other: keep one")
         if missing := [name for name in self._required() if getattr(self, name) is None]:
-            raise ValueError(
-                f'kind = "{self.kind}" needs {" and ".join(missing)}: add what is missing'
-            )
+            raise ValueError(f'kind = "{self.kind}" needs {" and ".join(missing)}: add what is missing')
         if self.kind == "kai" and self.id not in KAI_TYPES:
             raise ValueError(
                 'kind = "kai" is for the ids flo, min and eag: rename the section or set kind = "identity"'

@@ -46,11 +46,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 def _split(value: object) -> object:
     """A list may be written as `a, b` in the environment."""
-    return (
-        [item.strip() for item in value.split(",") if item.strip()]
-        if isinstance(value, str)
-        else value
-    )
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
 Listed = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -209,9 +205,7 @@ class Settings(BaseSettings):
                     f"{where} has to be shorter than [jobs] lease ({self.jobs.lease:g} s): lower it or raise that"
                 )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
-            raise ValueError(
-                "[grpc] drain_wait and drain_grace have to end within 4 s together: lower one"
-            )
+            raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         if not self.database_url.startswith("sqlite:///"):
             raise ValueError("[database] url has to begin with sqlite:///")
         if len(os.fsencode(self.socket)) > _SOCKET_PATH_BYTES:
@@ -270,12 +264,8 @@ def load(home: Path | None = None) -> Settings:
     except SettingsError as error:
         raise OperatorError(f"a setting in the environment cannot be read: {error}") from None
     except ValidationError as error:
-        raise OperatorError(
-            "\n".join(_sentence(config, problem) for problem in error.errors())
-        ) from None
-    providers = {
-        key: _with_secret(provider, config) for key, provider in settings.providers.items()
-    }
+        raise OperatorError("\n".join(_sentence(config, problem) for problem in error.errors())) from None
+    providers = {key: _with_secret(provider, config) for key, provider in settings.providers.items()}
     return settings.model_copy(update={"providers": providers})
 
 
@@ -297,11 +287,7 @@ def _known_variables() -> set[str]:
     names = set()
     for name, setting in Settings.model_fields.items():
         section = setting.annotation
-        keys = (
-            section.model_fields
-            if isinstance(section, type) and issubclass(section, Section)
-            else {}
-        )
+        keys = section.model_fields if isinstance(section, type) and issubclass(section, Section) else {}
         names |= {f"{PREFIX}{name}_{key}".upper() for key in keys} or {f"{PREFIX}{name}".upper()}
     return names
 
@@ -310,9 +296,7 @@ def _refuse_unknown_variables() -> None:
     known = _known_variables()
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known and not name.startswith(_OPEN):
-            raise OperatorError(
-                f"{name} is not a setting{_did_you_mean(name, known)}: mend or unset it"
-            )
+            raise OperatorError(f"{name} is not a setting{_did_you_mean(name, known)}: mend or unset it")
 
 
 def _did_you_mean(name: str, known: set[str]) -> str:
@@ -327,9 +311,7 @@ def _sentence(config: Path, problem: Any) -> str:
         case "missing":
             what = "is missing: add it"
         case "extra_forbidden":
-            what = (
-                f"is not a setting{_did_you_mean(where[-1], _siblings(where))}: mend or remove it"
-            )
+            what = f"is not a setting{_did_you_mean(where[-1], _siblings(where))}: mend or remove it"
         case "value_error":
             what = str(problem["ctx"]["error"])
         case _:
@@ -351,8 +333,4 @@ def _siblings(where: list[str]) -> set[str]:
     if where[0] == "providers":
         return set(Provider.model_fields)
     section = Settings.model_fields[where[0]].annotation
-    return (
-        set(section.model_fields)
-        if isinstance(section, type) and issubclass(section, Section)
-        else set()
-    )
+    return set(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else set()

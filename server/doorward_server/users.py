@@ -37,13 +37,7 @@ class Users:
     def create(self, name: str, email: str | None = None) -> User:
         """Add a user; the slug comes from the name. Raises InvalidName, InvalidEmail, SlugTaken, EmailTaken."""
         slug = slugify(name)
-        if (
-            not slug
-            or slug.isdigit()
-            or slug == ME
-            or len(name) > _LONGEST_NAME
-            or not name.isprintable()
-        ):
+        if not slug or slug.isdigit() or slug == ME or len(name) > _LONGEST_NAME or not name.isprintable():
             raise InvalidName
         if email is not None and not _EMAIL.fullmatch(email):
             raise InvalidEmail

@@ -40,9 +40,7 @@ class Authorization:
             raise _bad_request(f"No application is registered as “{client_id}”.")
         if not _is_loopback(redirect_uri):
             raise _bad_request(f"“{redirect_uri}” is no redirect URI on the loopback network.")
-        return cls(
-            client_id, redirect_uri, parameters.get("state", ""), parameters.get("scope", "")
-        )
+        return cls(client_id, redirect_uri, parameters.get("state", ""), parameters.get("scope", ""))
 
     def redirect(self, **answer: str) -> web.Response:
         """Send the browser back. By 303, so that it comes with a GET whatever it sent here."""
@@ -121,9 +119,7 @@ def _is_loopback(uri: str) -> bool:
         parts = urlsplit(uri)
         if parts.scheme not in ("http", "https"):
             return False
-        return (
-            parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
-        )
+        return parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:
         return False
 

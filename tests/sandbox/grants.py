@@ -103,9 +103,7 @@ class Grants:
         self._codes[code] = Code(client_id, redirect_uri, user, scope, expires_at)
         return code
 
-    def redeem(
-        self, client_id: str, code: str, redirect_uri: str, settings: Settings
-    ) -> dict[str, object]:
+    def redeem(self, client_id: str, code: str, redirect_uri: str, settings: Settings) -> dict[str, object]:
         """Exchange a code for the first tokens of a new family."""
         known = self._codes.get(code)
         if known is None:
@@ -159,9 +157,7 @@ class Grants:
             return self._access_tokens[token].family
         return self._refresh_tokens.get(token)
 
-    def _issue(
-        self, family: Family, settings: Settings, *, with_refresh_token: bool
-    ) -> dict[str, object]:
+    def _issue(self, family: Family, settings: Settings, *, with_refresh_token: bool) -> dict[str, object]:
         """Give the family its next tokens, and word them as RFC 6749 section 5.1 does."""
         family.access_token = f"access-{secrets.token_urlsafe(24)}"
         lifetime = UNSTATED_LIFETIME if settings.expires_in is None else settings.expires_in

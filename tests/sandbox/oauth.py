@@ -79,9 +79,7 @@ def elsewhere(_sandbox: Sandbox, _call: Call) -> object:
     return {"access_token": "access-from-elsewhere", "token_type": "Bearer"}
 
 
-def _respond(
-    sandbox: Sandbox, call: Call, effect: Callable[[Sandbox, Call], object]
-) -> web.Response:
+def _respond(sandbox: Sandbox, call: Call, effect: Callable[[Sandbox, Call], object]) -> web.Response:
     try:
         response = web.json_response(effect(sandbox, call), headers=_NOT_CACHED)
         call.outcome = response.status
@@ -129,9 +127,7 @@ def _basic_credentials(authorization: str) -> tuple[str, str] | None:
     if scheme.lower() != "basic":
         return None
     try:
-        client_id, _, client_secret = (
-            base64.b64decode(encoded, validate=True).decode().partition(":")
-        )
+        client_id, _, client_secret = base64.b64decode(encoded, validate=True).decode().partition(":")
     except ValueError:
         raise OAuthError("invalid_client", "the Authorization header is malformed") from None
     return unquote_plus(client_id), unquote_plus(client_secret)

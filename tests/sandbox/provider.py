@@ -129,9 +129,7 @@ def _parse_arguments() -> argparse.Namespace:
     port = os.environ.get("DOORWARD_SANDBOX_PORT") or DEFAULT_PORT
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=port_number, default=port, help="0 chooses a free one")
-    parser.add_argument(
-        "--tls", action="store_true", help="serve https by a certificate of its own"
-    )
+    parser.add_argument("--tls", action="store_true", help="serve https by a certificate of its own")
     parser.add_argument("--tls-name", default="127.0.0.1", help="whom the certificate names")
     parser.add_argument("--ca-out", type=Path, metavar="FILE", help="where to write the CA's PEM")
     arguments = parser.parse_args()

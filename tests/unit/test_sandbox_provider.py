@@ -84,9 +84,7 @@ def running(log: Path, *options: str) -> Iterator[Provider]:
     command = [sys.executable, "-m", "tests.sandbox.provider", "--port", "0", *options]
     with (
         log.open("w") as stderr,
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
     ):
         try:
             assert process.stdout is not None
@@ -258,9 +256,7 @@ def test_code_buys_tokens(provider: Provider, way: dict[str, Any]) -> None:
         pytest.param({"grant_type": "password"}, 400, "unsupported_grant_type", id="password"),
     ],
 )
-def test_token_refusals(
-    provider: Provider, change: dict[str, Any], status: int, error: str
-) -> None:
+def test_token_refusals(provider: Provider, change: dict[str, Any], status: int, error: str) -> None:
     answer = provider.redeem(provider.code(), **change)
     assert (answer.status_code, answer.json()["error"]) == (status, error)
     assert ("www-authenticate" in answer.headers) == (status == 401)
@@ -382,9 +378,7 @@ def test_latency_follows_the_effect(provider: Provider) -> None:
     assert provider.families()[0]["refreshes"] == 1
 
 
-@pytest.mark.parametrize(
-    "code", ["4/0A+b%2B c&=", "קוד 🔑", "x" * 5000], ids=["odd", "wide", "long"]
-)
+@pytest.mark.parametrize("code", ["4/0A+b%2B c&=", "קוד 🔑", "x" * 5000], ids=["odd", "wide", "long"])
 def test_literal_codes_and_the_journal(provider: Provider, code: str) -> None:
     assert provider.code(code=code) == code
     assert provider.redeem(code, extra="").status_code == 200
@@ -414,9 +408,7 @@ def test_journal_can_be_cleared(provider: Provider) -> None:
         pytest.param("POST", "codes", {"client_id": "x", "redirect_uri": "y"}, id="client"),
     ],
 )
-def test_control_plane_refuses_nonsense(
-    provider: Provider, method: str, path: str, body: object
-) -> None:
+def test_control_plane_refuses_nonsense(provider: Provider, method: str, path: str, body: object) -> None:
     assert provider.client.request(method, f"/_sandbox/{path}", json=body).status_code == 400
 
 
@@ -452,14 +444,11 @@ def _is_not_json(response: httpx.Response) -> bool:
             lambda r: isinstance(r.json()["access_token"], int),
             id="token_not_string",
         ),
-        pytest.param(
-            {"kind": "huge"}, lambda r: len(r.json()["access_token"]) == 10 << 20, id="huge"
-        ),
+        pytest.param({"kind": "huge"}, lambda r: len(r.json()["access_token"]) == 10 << 20, id="huge"),
         pytest.param(
             {"kind": "gzip_bomb"},
             lambda r: (
-                int(r.headers["content-length"]) < 1 << 20
-                and len(r.json()["access_token"]) == 100 << 20
+                int(r.headers["content-length"]) < 1 << 20 and len(r.json()["access_token"]) == 100 << 20
             ),
             id="gzip_bomb",
         ),
@@ -471,9 +460,7 @@ def _is_not_json(response: httpx.Response) -> bool:
         ),
     ],
 )
-@pytest.mark.parametrize(
-    ("endpoint", "method"), [("token", "POST"), ("revoke", "POST"), ("lookup", "GET")]
-)
+@pytest.mark.parametrize(("endpoint", "method"), [("token", "POST"), ("revoke", "POST"), ("lookup", "GET")])
 def test_faulty_answers(
     provider: Provider,
     endpoint: str,
@@ -528,9 +515,7 @@ def test_trickles_come_byte_by_byte(provider: Provider, kind: str, start: bytes)
 
 
 @pytest.mark.parametrize("kind", ["hang", "trickle_headers", "trickle_body"])
-def test_endless_faults_block_nobody_and_end_with_their_client(
-    provider: Provider, kind: str
-) -> None:
+def test_endless_faults_block_nobody_and_end_with_their_client(provider: Provider, kind: str) -> None:
     provider.fail("token", kind)
     line = f"POST /token {kind}"
     ended_before = provider.log.read_text().count(line)
@@ -542,9 +527,7 @@ def test_endless_faults_block_nobody_and_end_with_their_client(
 
 
 @pytest.mark.parametrize(("phase", "refreshes"), [("before", 0), ("after", 1)])
-def test_phase_decides_whether_the_grant_is_processed(
-    provider: Provider, phase: str, refreshes: int
-) -> None:
+def test_phase_decides_whether_the_grant_is_processed(provider: Provider, phase: str, refreshes: int) -> None:
     tokens = provider.tokens()
     provider.fail("token", "status", phase=phase, status=503)
     assert provider.refresh(tokens["refresh_token"]).status_code == 503

@@ -21,9 +21,7 @@ class IntegrationServicer(stubs.IntegrationServiceServicer):
         connected = self.integrations.status(_self_id(), request.kai_type)
         return pb.GetKaiStatusResponse(auth_status=connected)
 
-    def RevokeKai(
-        self, request: pb.RevokeKaiRequest, context: grpc.ServicerContext
-    ) -> pb.RevokeKaiResponse:
+    def RevokeKai(self, request: pb.RevokeKaiRequest, context: grpc.ServicerContext) -> pb.RevokeKaiResponse:
         self.integrations.revoke(_self_id(), request.kai_type)
         return pb.RevokeKaiResponse()
 

@@ -44,9 +44,7 @@ class Authenticator:
                 if authorization.lower().startswith(_BEARER)
                 else None
             )
-            return Credentials(
-                caller, has_cookie=False, has_authorization=bool(authorization), origin=None
-            )
+            return Credentials(caller, has_cookie=False, has_authorization=bool(authorization), origin=None)
         cookie = _session_cookie(_text(metadata.get("cookie")))
         return Credentials(
             caller=self._sessions.find(cookie) if cookie else None,
@@ -86,9 +84,7 @@ class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]
         policy = self._policies.get(method)
         if handler is None or policy is None:
             return handler
-        call = _Call(
-            method, handler, policy, self._authenticator, self._log, access_log=self._access_log
-        )
+        call = _Call(method, handler, policy, self._authenticator, self._log, access_log=self._access_log)
         wrapped = grpc.unary_unary_rpc_method_handler(call)
         self._wrapped[method] = wrapped
         return wrapped
@@ -138,9 +134,7 @@ class _Call:
         except CallError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - the catch-all: no caller sees a traceback
-            self._log.error(
-                "unexpected", method=self._method, request_id=request_id, **describe(error)
-            )
+            self._log.error("unexpected", method=self._method, request_id=request_id, **describe(error))
             failure = Internal()
         if self._access_log:
             self._write_line(request_id, caller, failure, started)
@@ -177,19 +171,13 @@ class _Call:
 def _request_id(metadata: Mapping[str, str | bytes]) -> str:
     """The id that the caller chose, if it is fit for a log line; else a new one."""
     given = metadata.get(_REQUEST_ID)
-    return (
-        given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else str(uuid.uuid4())
-    )
+    return given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else str(uuid.uuid4())
 
 
 def _name(caller: Caller | None) -> str | None:
     if caller is None:
         return None
-    return (
-        f"user:{caller.user_id}"
-        if isinstance(caller, SessionUser)
-        else f"service:{caller.token_id}"
-    )
+    return f"user:{caller.user_id}" if isinstance(caller, SessionUser) else f"service:{caller.token_id}"
 
 
 def _text(value: str | bytes | None) -> str:
@@ -212,9 +200,7 @@ def _holds_nul(message: Message) -> bool:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             values = [*value.keys(), *value.values()]
         if any(
-            _holds_nul(item)
-            if isinstance(item, Message)
-            else isinstance(item, str) and "\0" in item
+            _holds_nul(item) if isinstance(item, Message) else isinstance(item, str) and "\0" in item
             for item in values
         ):
             return True

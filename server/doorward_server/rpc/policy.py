@@ -80,11 +80,7 @@ class Policy:
             raise OriginNotAllowed
         if isinstance(credentials.caller, SessionUser):
             return
-        raise (
-            SessionRequired
-            if credentials.has_authorization and not credentials.has_cookie
-            else NoSession
-        )
+        raise (SessionRequired if credentials.has_authorization and not credentials.has_cookie else NoSession)
 
     def _require_service(self, credentials: Credentials) -> None:
         caller = credentials.caller
@@ -111,7 +107,5 @@ def _read_policy(method: MethodDescriptor, allowed_origins: frozenset[str]) -> P
     if not options.HasExtension(policy_pb2.policy):
         raise LookupError(f"{method.full_name} declares no policy")
     declared = options.Extensions[policy_pb2.policy]
-    roles = frozenset(
-        policy_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in declared.roles
-    )
+    roles = frozenset(policy_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in declared.roles)
     return Policy(frozenset(declared.callers), roles, allowed_origins)

@@ -1,0 +1,184 @@
+"""A whole Doorward for tests: a server or several, a gateway, a stand-in provider, and ways to talk to them."""
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+
+from doorward.integration.v1 import integration_service_pb2_grpc as stubs
+from doorward_server import models
+from doorward_server import settings as settings_module
+from doorward_server.app import App
+from tests.processes import BIN, Process, clean_environment, free_port, running
+from tests.sandbox.client import SandboxProvider
+
+# Short, so that tests of faults are quick; a provider's timeout has to be shorter than a lease.
+TIMEOUT = 0.8
+LEASE = 1.0
+
+_SETTINGS = """\
+[outbound]
+allow = ["{address}"]
+[refresh]
+lease = {lease}
+[jobs]
+schedule = [0.1, 0.1, 0.1]
+poll = 0.05
+"""
+_PROVIDER = """
+[providers.{kai}]
+kind = "kai"
+token_url = "{url}/token"
+revocation_url = "{url}/revoke"
+client_id = "{kai}-client"
+client_secret = "sandbox-secret"
+redirect_uri = "http://127.0.0.1/app/callback"
+token_auth = "{auth}"
+timeout = {timeout}
+"""
+
+
+def settings_text(provider: SandboxProvider, more: str = "") -> str:
+    """Settings with flo and min (which authenticates by Basic) at the provider; eag is left out."""
+    sections = [
+        _PROVIDER.format(kai=kai, url=provider.url, auth=auth, timeout=TIMEOUT)
+        for kai, auth in (("flo", "client_secret_post"), ("min", "client_secret_basic"))
+    ]
+    return more + _SETTINGS.format(address=provider.address, lease=LEASE) + "".join(sections)
+
+
+@dataclass(frozen=True)
+class Person:
+    """A user with a live session."""
+
+    id: int
+    slug: str
+    cookie: str = field(repr=False)
+
+
+@dataclass
+class Stack:
+    """One home and the processes that serve it."""
+
+    home: Path
+    logs: Path
+    provider: SandboxProvider
+    secrets: set[str]
+    grpc_port: int = field(default_factory=free_port)
+    gateway_port: int = field(default_factory=free_port)
+    environment: dict[str, str] = field(default_factory=dict)
+    _people: int = 0
+
+    def __post_init__(self) -> None:
+        self.environment = {
+            "DOORWARD_HOME": str(self.home),
+            "DOORWARD_GRPC_PORT": str(self.grpc_port),
+            "DOORWARD_GATEWAY_PORT": str(self.gateway_port),
+            "DOORWARD_GATEWAY_ADMIN_PORT": str(free_port()),
+            "DOORWARD_GATEWAY_RATE_LIMIT": "0",
+            "DOORWARD_GATEWAY_CONCURRENCY": "1",
+            **self.environment,
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.gateway_port}"
+
+    @property
+    def app(self) -> App:
+        """The domain on the same home, as the command line uses it beside a running server."""
+        app = App(settings_module.load(self.home))
+        models.bind(app.database)
+        return app
+
+    def cli(self, *arguments: str, home: bool = True) -> "subprocess.CompletedProcess[str]":
+        """Run `doorward` to its end."""
+        environment = clean_environment(self.environment if home else {})
+        command = [str(BIN / "doorward"), *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def cli_json(self, *arguments: str) -> Any:
+        """Run `doorward ... --json`; its value."""
+        done = self.cli(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def person(self) -> Person:
+        """A new user with a session."""
+        self._people += 1
+        app = self.app
+        user = app.users.create(f"Person {self._people}")
+        _, cookie = app.sessions.create(user)
+        self.secrets.add(cookie)
+        return Person(user.id, user.slug, cookie)
+
+    def service_token(self, *roles: str) -> str:
+        _, value = self.app.service_tokens.create(roles)
+        self.secrets.add(value)
+        return value
+
+    def connect(self, person: Person, kai: str = "flo") -> None:
+        """Connect a person with a fresh code, without the gateway."""
+        self.app.integrations.connect(person.id, kai, self.provider.code(kai))
+
+    @contextlib.contextmanager
+    def server(self, port: int | None = None) -> Iterator[Process]:
+        """A server process; several may serve one home, each on its port."""
+        environment = self.environment | {"DOORWARD_GRPC_PORT": str(port or self.grpc_port)}
+        log = self.logs / f"server-{port or self.grpc_port}.log"
+        with running([BIN / "doorward", "serve"], log, environment) as process:
+            process.await_output('"serving"')
+            yield process
+
+    @contextlib.contextmanager
+    def gateway(self) -> Iterator[Process]:
+        """The gateway, with a server behind it that answers."""
+        log = self.logs / f"gateway-{self.gateway_port}.log"
+        with running([BIN / "doorward-gateway"], log, self.environment) as process:
+            process.await_output("gateway on")
+            yield process
+
+    @contextlib.contextmanager
+    def stub(self, port: int | None = None) -> Iterator[stubs.IntegrationServiceStub]:
+        """The generated client on a server's TCP port."""
+        with grpc.insecure_channel(f"127.0.0.1:{port or self.grpc_port}") as channel:
+            yield stubs.IntegrationServiceStub(channel)
+
+
+@contextlib.contextmanager
+def sandbox_provider(log: Path, *options: str) -> Iterator[SandboxProvider]:
+    """A stand-in provider in a process of its own."""
+    command = [BIN / "python", "-m", "tests.sandbox.provider", "--port", "0", *options]
+    with running(command, log) as process:
+        process.await_output("sandbox provider on")
+        line = next(line for line in process.output().splitlines() if "sandbox provider on" in line)
+        provider = SandboxProvider(line.split()[-1])
+        try:
+            yield provider
+        finally:
+            provider.close()
+
+
+def make_stack(
+    home: Path, logs: Path, provider: SandboxProvider, secrets: set[str], more: str = "", **environment: str
+) -> Stack:
+    """A home with settings and a key; nothing runs yet."""
+    stack = Stack(home, logs, provider, secrets, environment=environment)
+    home.mkdir(mode=0o700)
+    (home / "doorward.toml").write_text(settings_text(provider, more))
+    done = stack.cli("init")
+    assert done.returncode == 0, done.stderr
+    return stack
+
+
+def rest(stack: Stack, method: str, path: str, **options: Any) -> httpx.Response:
+    """One request to the gateway."""
+    return httpx.request(method, stack.url + path, trust_env=False, timeout=30, **options)
