@@ -40,9 +40,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory, secrets: set[str]) -> Iterato
     """The folder that every process of the run logs to; at the end no secret may stand in it."""
     folder = tmp_path_factory.mktemp("logs")
     yield folder
-    leaks = {
-        path.name: found for path in folder.iterdir() if (found := find_secrets(path.read_bytes(), secrets))
-    }
+    leaks = {path.name: found for path in folder.iterdir() if (found := find_secrets(path.read_bytes(), secrets))}
     assert not leaks, f"secrets in logs: {leaks}"
 
 
@@ -64,9 +62,7 @@ def shared_stack(
     tmp_path_factory: pytest.TempPathFactory, logs: Path, shared_provider: SandboxProvider, secrets: set[str]
 ) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("stack") / "home"
-    stack = make_stack(
-        home, logs, shared_provider, secrets, more='allowed_origins = ["https://app.example"]\n'
-    )
+    stack = make_stack(home, logs, shared_provider, secrets, more='allowed_origins = ["https://app.example"]\n')
     with stack.server(), stack.gateway():
         yield stack
     # What was stored is sealed or hashed: nothing secret stands in the files in clear.

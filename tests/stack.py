@@ -1,4 +1,4 @@
-"""A whole Doorward for tests: a server or several, a gateway, a stand-in provider, and ways to talk to them."""
+"""A whole Doorward for tests: servers, a gateway, a stand-in provider, and ways to talk to them."""
 
 import contextlib
 import json
@@ -10,11 +10,11 @@ from typing import Any
 
 import grpc
 import httpx
-
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server import models
 from doorward_server import settings as settings_module
 from doorward_server.app import App
+
 from tests.processes import BIN, Process, clean_environment, free_port, running
 from tests.sandbox.client import SandboxProvider
 
@@ -101,9 +101,7 @@ class Stack:
         """Run `doorward` to its end."""
         environment = clean_environment(self.environment if home else {})
         command = [str(BIN / "doorward"), *arguments]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     def cli_json(self, *arguments: str) -> Any:
         """Run `doorward ... --json`; its value."""
@@ -156,7 +154,7 @@ class Stack:
 @contextlib.contextmanager
 def sandbox_provider(log: Path, *options: str) -> Iterator[SandboxProvider]:
     """A stand-in provider in a process of its own."""
-    command = [BIN / "python", "-m", "tests.sandbox.provider", "--port", "0", *options]
+    command = [str(BIN / "python"), "-m", "tests.sandbox.provider", "--port", "0", *options]
     with running(command, log) as process:
         process.await_output("sandbox provider on")
         line = next(line for line in process.output().splitlines() if "sandbox provider on" in line)

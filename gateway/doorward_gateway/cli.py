@@ -39,19 +39,13 @@ def _print_version(wanted: bool) -> None:
     "Example: DOORWARD_GATEWAY_PORT=8081 doorward-gateway"
 )
 def gateway(
-    home: Annotated[
-        Path | None, typer.Option(help="Where the state lives. [default: $DOORWARD_HOME, or var/]")
-    ] = None,
-    validate: Annotated[
-        bool, typer.Option("--validate", help="Let Envoy check the configuration, and exit.")
-    ] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print what Envoy gets, and exit.")
-    ] = False,
-    version: Annotated[
+    home: Annotated[Path | None, typer.Option(help="Where the state lives. [default: $DOORWARD_HOME, or var/]")] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Let Envoy check the configuration, and exit.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print what Envoy gets, and exit.")] = False,
+    _version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,  # noqa: ARG001
+    ] = False,
 ) -> None:
     """Run the public gateway, an Envoy in front of the server, until SIGTERM or Ctrl-C."""
     settings = settings_module.load(home)

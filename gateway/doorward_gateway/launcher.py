@@ -42,18 +42,17 @@ class Launcher:
         gateway = self._settings.gateway
         _refuse_used_port(gateway.host, gateway.port, "DOORWARD_GATEWAY_PORT")
         _refuse_used_port("127.0.0.1", gateway.admin_port, "DOORWARD_GATEWAY_ADMIN_PORT")
-        over = threading.Event()
-        stopping = threading.Event()
+        over = threading.Event()  # either we were told to stop, or Envoy has ended
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: (stopping.set(), over.set()))
+            signal.signal(number, lambda *_: over.set())
         # A session of its own: Ctrl-C is for the launcher, which then drains.
         envoy = subprocess.Popen(self._command(), start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
-        threading.Thread(target=lambda: (envoy.wait(), over.set()), daemon=True).start()
+        threading.Thread(target=_set_at_exit, args=(envoy, over), daemon=True).start()
         if self._await_ready(over):
             on_ready()
         over.wait()
-        if not stopping.is_set():
-            return envoy.wait() or 1
+        if envoy.poll() is not None:
+            return envoy.returncode or 1
         self._drain(envoy)
         return 0
 
@@ -100,6 +99,11 @@ class Launcher:
         with self._http.open(request, timeout=1) as answer:
             text: str = answer.read().decode()
             return text
+
+
+def _set_at_exit(process: subprocess.Popen[bytes], over: threading.Event) -> None:
+    process.wait()
+    over.set()
 
 
 def _refuse_used_port(host: str, port: int, variable: str) -> None:

@@ -10,9 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("doorward"):
             raise
-        sys.exit(
-            f'doorward: {error.name} is not installed: install the extra, `pip install "doorward[server]"`'
-        )
+        sys.exit(f'doorward: {error.name} is not installed: install the extra, `pip install "doorward[server]"`')
     run()
 
 

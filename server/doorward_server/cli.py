@@ -1,6 +1,5 @@
 """The command line of `doorward`. Imports `app` and the domain."""
 
-import enum
 import json
 import os
 import sys
@@ -19,13 +18,12 @@ from doorward_server import settings as settings_module
 from doorward_server.app import App, Server
 from doorward_server.crypto import MasterKey
 from doorward_server.database import open_database
-from doorward_server.errors import DoorwardError, OperatorError
+from doorward_server.errors import DoorwardError
 from doorward_server.models import ServiceToken, Session, User
-from doorward_server.service_tokens import ROLES
+from doorward_server.service_tokens import Role
 
-Role = enum.StrEnum("Role", {role: role for role in ROLES})
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
-_HELP = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
+_HELP: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
 
 cli = typer.Typer(
     help="Doorward connects users to other services and keeps their tokens.",
@@ -63,13 +61,11 @@ def _print_version(wanted: bool) -> None:
 @cli.callback()
 def _options(
     ctx: typer.Context,
-    home: Annotated[
-        Path | None, typer.Option(help="Where the state lives. [default: $DOORWARD_HOME, or var/]")
-    ] = None,
-    version: Annotated[
+    home: Annotated[Path | None, typer.Option(help="Where the state lives. [default: $DOORWARD_HOME, or var/]")] = None,
+    _version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,  # noqa: ARG001
+    ] = False,
 ) -> None:
     ctx.obj = home
 
@@ -113,9 +109,7 @@ def init(
         return
     for path in created:
         typer.echo(f"created {path}")
-    typer.echo(
-        f"ready: {home} (master key {key_id})" if created else f"nothing to do: {home} has all it needs"
-    )
+    typer.echo(f"ready: {home} (master key {key_id})" if created else f"nothing to do: {home} has all it needs")
 
 
 @cli.command(epilog="Example: doorward serve")
@@ -140,9 +134,7 @@ def migrate(ctx: typer.Context, as_json: Json = False) -> None:
 # Users
 
 
-@user_cli.command(
-    "create", epilog='Example: doorward user create --name "Ada Lovelace" --email ada@example.org'
-)
+@user_cli.command("create", epilog='Example: doorward user create --name "Ada Lovelace" --email ada@example.org')
 def create_user(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="The user's name; the slug is made of it.")],
@@ -205,9 +197,7 @@ def revoke_session(
 # Service tokens
 
 
-@token_cli.command(
-    "create", epilog="Example: TOKEN=$(doorward token create --role backend --name shop --days 90)"
-)
+@token_cli.command("create", epilog="Example: TOKEN=$(doorward token create --role backend --name shop --days 90)")
 def create_token(
     ctx: typer.Context,
     role: Annotated[list[Role], typer.Option(help="What it may be used for; may be repeated.")],

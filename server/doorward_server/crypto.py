@@ -122,7 +122,7 @@ class KeyRing:
             text = path.read_bytes().decode("ascii")
         except FileNotFoundError:
             raise OperatorError(
-                f"there is no master key: neither DOORWARD_MASTER_KEY nor the file {path}. Make one with `doorward init`"
+                f"there is no master key, neither in DOORWARD_MASTER_KEY nor in {path}: make one with `doorward init`"
             ) from None
         except UnicodeDecodeError:
             raise OperatorError(f"{path} is not a master key file: restore it from a backup") from None

@@ -27,9 +27,7 @@ class Database:
     def __init__(self, path: Path, busy_timeout: float) -> None:
         pragmas = {"journal_mode": "wal", "synchronous": "full", "foreign_keys": 1}
         self.path = path
-        self.engine = peewee.SqliteDatabase(
-            str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE"
-        )
+        self.engine = peewee.SqliteDatabase(str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE")
         self._busy_timeout = busy_timeout
         # BEGIN IMMEDIATE queues unfairly between threads: under load some starve until they see
         # "database is locked". So threads queue here, and only processes meet in SQLite.
@@ -49,7 +47,7 @@ class Database:
     def fetch_one(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
         """The first row of a constant statement: peewee without its query building, for hot reads."""
         try:
-            row: tuple[Any, ...] | None = self.engine.execute_sql(sql, parameters).fetchone()
+            row: tuple[Any, ...] | None = self.engine.execute_sql(sql, parameters).fetchone()  # type: ignore[no-untyped-call]
         except peewee.DatabaseError as error:
             raise StorageUnavailable from error
         return row
@@ -88,9 +86,7 @@ class Database:
             yield
         except (StorageUnavailable, peewee.DatabaseError) as failure:
             reason = failure.__cause__ or failure
-            raise OperatorError(
-                f"cannot use the database {self.path}: {reason}{_advice(str(reason))}"
-            ) from None
+            raise OperatorError(f"cannot use the database {self.path}: {reason}{_advice(str(reason))}") from None
 
 
 def _advice(reason: str) -> str:

@@ -47,8 +47,7 @@ _LARGEST_MIN_TTL = 86400
 _STATUS = "SELECT needs_reauth FROM connections WHERE user_id = ? AND provider = ?"
 # What those who waited for a refresh are told when it failed.
 _REFRESH_FAILURES: Mapping[str, type[CallError]] = {
-    error.reason: error
-    for error in (Busy, ProviderMalformed, ProviderTimeout, ProviderUnavailable, RefreshRejected)
+    error.reason: error for error in (Busy, ProviderMalformed, ProviderTimeout, ProviderUnavailable, RefreshRejected)
 }
 # A code that no provider will take any more is forgotten after this long.
 _CLAIM_LIFE = timedelta(days=7)
@@ -189,9 +188,7 @@ class Integrations:
                     break
                 # One second more than an exchange may take, to store its result. No outcome after
                 # that means that its process died.
-                waits = waits or self._waits(
-                    slots, claim.created_at + timedelta(seconds=provider.timeout + 1)
-                )
+                waits = waits or self._waits(slots, claim.created_at + timedelta(seconds=provider.timeout + 1))
                 if next(waits, None) is None:
                     raise CodeAlreadyUsed
         if claim.outcome == CodeRejected.reason:
@@ -253,9 +250,7 @@ class Integrations:
         refresh_token = connection.refresh_token
         return TokenPair(
             access_token=self.keys.open(connection.access_token, _access_token_of(connection.id)),
-            refresh_token=self.keys.open(refresh_token, _refresh_token_of(connection.id))
-            if refresh_token
-            else None,
+            refresh_token=self.keys.open(refresh_token, _refresh_token_of(connection.id)) if refresh_token else None,
             expires_in=None,
         )
 
@@ -265,9 +260,7 @@ class Integrations:
         if provider is None or provider.revocation_url is None:
             return
         token, hint = (
-            (pair.refresh_token, "refresh_token")
-            if pair.refresh_token
-            else (pair.access_token, "access_token")
+            (pair.refresh_token, "refresh_token") if pair.refresh_token else (pair.access_token, "access_token")
         )
         self.jobs.queue(REVOCATION, {"provider": provider_id, "token": token, "token_type_hint": hint})
 
@@ -307,7 +300,8 @@ class Integrations:
         # call would refresh.
         life = connection.expires_at - connection.obtained_at
         needed = min_ttl if min_ttl < life else life / 2
-        return connection.expires_at - self.clock.now() > needed
+        left: timedelta = connection.expires_at - self.clock.now()
+        return left > needed
 
     def _lease_is_free(self, connection: Connection) -> bool:
         return connection.lease_expires_at is None or connection.lease_expires_at <= self.clock.now()

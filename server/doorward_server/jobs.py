@@ -109,9 +109,7 @@ class Worker:
         self._poll = poll
         self._log = log
         self._stopping = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"worker-{n}", daemon=True) for n in range(threads)
-        ]
+        self._threads = [threading.Thread(target=self._run, name=f"worker-{n}", daemon=True) for n in range(threads)]
 
     def start(self) -> None:
         for thread in self._threads:

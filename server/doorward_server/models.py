@@ -89,6 +89,7 @@ class Connection(peewee.Model):
 
     id = peewee.AutoField()
     user = peewee.ForeignKeyField(User)
+    user_id: int
     provider = peewee.TextField()
     access_token = peewee.BlobField()  # sealed
     refresh_token = peewee.BlobField(null=True)  # sealed

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote_plus
 
 from doorward_server.errors import (
@@ -65,9 +65,7 @@ class OAuth:
         Raises GrantRefused on `invalid_grant`, RefreshRejected on any other 4xx, else what
         `Outbound.request` raises. The pair's refresh token is None when the old one stays valid.
         """
-        answer = self._token_request(
-            provider, {"grant_type": "refresh_token", "refresh_token": refresh_token}
-        )
+        answer = self._token_request(provider, {"grant_type": "refresh_token", "refresh_token": refresh_token})
         if answer.status == _TOO_MANY_REQUESTS:
             raise ProviderUnavailable
         if _is_client_error(answer.status):
@@ -131,7 +129,7 @@ def _token_pair(answer: Answer) -> TokenPair:
     )
 
 
-def _is_token(value: object) -> bool:
+def _is_token(value: object) -> TypeGuard[str]:
     """A string that is not empty and can be stored: JSON also holds lone surrogates and NUL."""
     if not isinstance(value, str) or not value or "\0" in value:
         return False

@@ -57,9 +57,7 @@ def _left() -> float:
     return _deadline.get() - time.monotonic()
 
 
-def _within_deadline(
-    timeout: float | None, late: type[httpcore.TimeoutException] = httpcore.ReadTimeout
-) -> float:
+def _within_deadline(timeout: float | None, late: type[httpcore.TimeoutException] = httpcore.ReadTimeout) -> float:
     left = _left()
     if left <= 0:
         raise late("the total time is over")
@@ -253,9 +251,7 @@ class Timeouts:
 class Outbound:
     """Makes requests. Thread-safe."""
 
-    def __init__(
-        self, *, allow: Iterable[str], ca_file: Path | None, bulkhead: Bulkhead, concurrency: int
-    ) -> None:
+    def __init__(self, *, allow: Iterable[str], ca_file: Path | None, bulkhead: Bulkhead, concurrency: int) -> None:
         self.bulkhead = bulkhead
         self._backend = _GuardedBackend(parse_allowed(allow, "[outbound] allow"), concurrency)
         # No connection is kept: on a kept one, a request that fails may or may not have been seen.
@@ -316,9 +312,7 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
         try:
             context.load_verify_locations(ca_file)
         except OSError as error:
-            raise OperatorError(
-                f"[outbound] ca_file: cannot read {ca_file}: {error.strerror or error}"
-            ) from None
+            raise OperatorError(f"[outbound] ca_file: cannot read {ca_file}: {error.strerror or error}") from None
     return context
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 
 from doorward_server.clock import Clock
 from doorward_server.crypto import fingerprint, make_secret
@@ -10,12 +11,21 @@ from doorward_server.database import Database
 from doorward_server.errors import ServiceTokenNotFound
 from doorward_server.models import ServiceToken, to_micros
 
-ROLES = ("bot", "backend", "operator")
 # Told apart from other secrets by people and by scanners of repositories.
 _PREFIX = "dwt_"
-_FIND = "SELECT id, roles, last_used_at FROM service_tokens WHERE token_hash = ? AND (expires_at IS NULL OR expires_at > ?)"
+_FIND = (
+    "SELECT id, roles, last_used_at FROM service_tokens WHERE token_hash = ? AND (expires_at IS NULL OR expires_at > ?)"
+)
 # The last use is written down at most so often: a write per call would cost more than the call.
 _USE_RESOLUTION = timedelta(minutes=1)
+
+
+class Role(StrEnum):
+    """What a token may be used for; the names of doorward.auth.v1.Role."""
+
+    BOT = "bot"
+    BACKEND = "backend"
+    OPERATOR = "operator"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,10 @@ from doorward_server.errors import SessionNotFound
 from doorward_server.models import Session, User, to_micros
 
 COOKIE = "doorward_session"
-_FIND = "SELECT s.id, s.user_id, u.slug FROM sessions s JOIN users u ON u.id = s.user_id WHERE s.token_hash = ? AND s.expires_at > ?"
+_FIND = (
+    "SELECT s.id, s.user_id, u.slug FROM sessions s JOIN users u ON u.id = s.user_id "
+    "WHERE s.token_hash = ? AND s.expires_at > ?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,7 @@ class Sessions:
     def list(self, user: User | None = None) -> list[Session]:
         """The live sessions, of one user or of all."""
         query = (
-            Session.select(Session, User)
-            .join(User)
-            .where(Session.expires_at > self.clock.now())
-            .order_by(Session.id)
+            Session.select(Session, User).join(User).where(Session.expires_at > self.clock.now()).order_by(Session.id)
         )
         return self.database.fetch_all(query.where(Session.user == user) if user else query)
 

@@ -34,9 +34,7 @@ from doorward_server.providers import HttpUrl, Provider
 PREFIX = "DOORWARD_"
 # Variables that are not judged by name: other programs' (the launcher, the bot, the stand-ins of
 # `make up`) and those whose names the operator chooses.
-_OPEN = tuple(
-    f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "PROVIDERS", "LIMITS", "CALLBACKS")
-)
+_OPEN = tuple(f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "PROVIDERS", "LIMITS", "CALLBACKS"))
 # The longest path that a Unix socket's address holds (sun_path, less its final NUL).
 _SOCKET_PATH_BYTES = 107
 
@@ -183,34 +181,31 @@ class Settings(BaseSettings):
         if not isinstance(sections, dict):
             return values
         named = {
-            key: {**section, "id": key} if isinstance(section, dict) else section
-            for key, section in sections.items()
+            key: {**section, "id": key} if isinstance(section, dict) else section for key, section in sections.items()
         }
         return {**values, "providers": named}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Settings":
         for provider in self.providers.values():
-            where = f"[providers.{provider.id}] timeout ({provider.timeout:g} s)"
-            if provider.timeout >= self.gateway.timeout:
-                raise ValueError(
-                    f"{where} has to be shorter than [gateway] timeout ({self.gateway.timeout:g} s): lower it or raise that"
-                )
-            if provider.timeout >= self.refresh.lease:
-                raise ValueError(
-                    f"{where} has to be shorter than [refresh] lease ({self.refresh.lease:g} s): lower it or raise that"
-                )
-            if provider.timeout >= self.jobs.lease:
-                raise ValueError(
-                    f"{where} has to be shorter than [jobs] lease ({self.jobs.lease:g} s): lower it or raise that"
-                )
+            for name, longer in (
+                ("[gateway] timeout", self.gateway.timeout),
+                ("[refresh] lease", self.refresh.lease),
+                ("[jobs] lease", self.jobs.lease),
+            ):
+                if provider.timeout >= longer:
+                    raise ValueError(
+                        f"[providers.{provider.id}] timeout ({provider.timeout:g} s) has to be shorter than "
+                        f"{name} ({longer:g} s): lower the one or raise the other"
+                    )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         if not self.database_url.startswith("sqlite:///"):
             raise ValueError("[database] url has to begin with sqlite:///")
         if len(os.fsencode(self.socket)) > _SOCKET_PATH_BYTES:
             raise ValueError(
-                f"the path of the Unix socket, {self.socket}, is longer than {_SOCKET_PATH_BYTES} bytes: set [grpc] socket (DOORWARD_GRPC_SOCKET) to a shorter one"
+                f"the path of the Unix socket, {self.socket}, is longer than {_SOCKET_PATH_BYTES} bytes: "
+                "set [grpc] socket (DOORWARD_GRPC_SOCKET) to a shorter one"
             )
         return self
 
@@ -252,9 +247,7 @@ def load(home: Path | None = None) -> Settings:
     home, config = places(home)
     _refuse_unknown_variables()
     if "DOORWARD_CONFIG" in os.environ and not config.is_file():
-        raise OperatorError(
-            f"there is no settings file {config}: mend DOORWARD_CONFIG or run `doorward init`"
-        )
+        raise OperatorError(f"there is no settings file {config}: mend DOORWARD_CONFIG or run `doorward init`")
     try:
         settings = Settings(home=home, config=config)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -277,9 +270,7 @@ def _with_secret(provider: Provider, config: Path) -> Provider:
         secret = path.read_text().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise OperatorError(
-            f"[providers.{provider.id}] client_secret_file: cannot read {path}: {reason}"
-        ) from None
+        raise OperatorError(f"[providers.{provider.id}] client_secret_file: cannot read {path}: {reason}") from None
     return provider.model_copy(update={"client_secret": SecretStr(secret)})
 
 

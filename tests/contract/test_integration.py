@@ -41,9 +41,7 @@ def get_status(stack: Stack, person: Person, kai: str = "flo") -> bool:
     return status
 
 
-def assert_error(
-    answer: httpx.Response, status: int, reason: str, metadata: Mapping[str, str] | None = None
-) -> None:
+def assert_error(answer: httpx.Response, status: int, reason: str, metadata: Mapping[str, str] | None = None) -> None:
     """The answer is an error in the documented shape."""
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
     body = answer.json()
@@ -87,9 +85,7 @@ ROUTES = [("GET", False), ("DELETE", False), ("POST", True)]
 def test_only_a_session_counts(
     stack: Stack, method: str, callback: bool, headers: dict[str, str], status: int, reason: str
 ) -> None:
-    answer = rest(
-        stack, method, path(callback=callback), headers={**headers, **JSON}, content=b'{"code":"x"}'
-    )
+    answer = rest(stack, method, path(callback=callback), headers={**headers, **JSON}, content=b'{"code":"x"}')
     assert_error(answer, status, reason)
     assert stack.provider.requests() == []
 
@@ -299,9 +295,7 @@ def test_after_the_provider_refused_the_refresh_token(stack: Stack, person: Pers
     ],
 )
 def test_a_code_is_required(stack: Stack, person: Person, body: str) -> None:
-    answer = rest(
-        stack, "POST", path(callback=True), headers={**as_user(person), **JSON}, content=body.encode()
-    )
+    answer = rest(stack, "POST", path(callback=True), headers={**as_user(person), **JSON}, content=body.encode())
     assert_error(answer, 400, "CODE_REQUIRED")
     assert stack.provider.requests() == []
 
@@ -339,34 +333,39 @@ def test_malformed_bodies(stack: Stack, person: Person, body: bytes) -> None:
     assert stack.provider.requests() == []
 
 
+def failure(name: str, told: int, reason: str, error: str | None = None, kind: str = "status", **fault: Any) -> Any:
+    """A row: what the token endpoint does, and what the caller is told."""
+    return pytest.param({"kind": kind, **fault}, told, reason, {"error": error} if error else {}, id=name)
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "reason", "metadata"),
     [
-        pytest.param({"kind": "status", "status": 400, "body": '{"error":"invalid_grant"}'}, 400, "CODE_REJECTED", {"error": "invalid_grant"}, id="oauth error"),
-        pytest.param({"kind": "status", "status": 401, "body": '{"error":"invalid_client"}'}, 400, "CODE_REJECTED", {"error": "invalid_client"}, id="401"),
-        pytest.param({"kind": "status", "status": 404, "body": "nothing here"}, 400, "CODE_REJECTED", {}, id="no oauth error"),
-        pytest.param({"kind": "status", "status": 400, "body": '{"error":"\\u0000\\n"}'}, 400, "CODE_REJECTED", {}, id="unprintable error"),
-        pytest.param({"kind": "status", "status": 429, "body": "{}"}, 400, "CODE_REJECTED", {}, id="429"),
-        pytest.param({"kind": "status", "status": 500}, 503, "PROVIDER_UNAVAILABLE", {}, id="500"),
-        pytest.param({"kind": "status", "status": 503, "body": '{"error":"x"}'}, 503, "PROVIDER_UNAVAILABLE", {}, id="503"),
-        pytest.param({"kind": "cut"}, 503, "PROVIDER_UNAVAILABLE", {}, id="cut connection"),
-        pytest.param({"kind": "cut_body"}, 503, "PROVIDER_UNAVAILABLE", {}, id="cut body"),
-        pytest.param({"kind": "not_http"}, 503, "PROVIDER_UNAVAILABLE", {}, id="not http"),
-        pytest.param({"kind": "hang"}, 504, "PROVIDER_TIMEOUT", {}, id="hang"),
-        pytest.param({"kind": "trickle_headers"}, 504, "PROVIDER_TIMEOUT", {}, id="trickling headers"),
-        pytest.param({"kind": "trickle_body"}, 504, "PROVIDER_TIMEOUT", {}, id="trickling body"),
-        pytest.param({"kind": "garbage"}, 503, "PROVIDER_MALFORMED", {}, id="garbage"),
-        pytest.param({"kind": "not_object"}, 503, "PROVIDER_MALFORMED", {}, id="array"),
-        pytest.param({"kind": "no_access_token"}, 503, "PROVIDER_MALFORMED", {}, id="no access token"),
-        pytest.param({"kind": "token_not_string"}, 503, "PROVIDER_MALFORMED", {}, id="token is a number"),
-        pytest.param({"kind": "status", "status": 200, "body": '{"access_token":""}'}, 503, "PROVIDER_MALFORMED", {}, id="empty token"),
-        pytest.param({"kind": "status", "status": 200, "body": '{"access_token":"\\ud800"}'}, 503, "PROVIDER_MALFORMED", {}, id="surrogate in token"),
-        pytest.param({"kind": "nested"}, 503, "PROVIDER_MALFORMED", {}, id="nested brackets"),
-        pytest.param({"kind": "huge"}, 503, "PROVIDER_MALFORMED", {}, id="over 1 MiB"),
-        pytest.param({"kind": "gzip_bomb"}, 503, "PROVIDER_MALFORMED", {}, id="gzip bomb"),
-        pytest.param({"kind": "redirect"}, 503, "PROVIDER_MALFORMED", {}, id="redirect"),
+        failure("oauth error", 400, "CODE_REJECTED", "invalid_grant", body='{"error":"invalid_grant"}', status=400),
+        failure("401", 400, "CODE_REJECTED", "invalid_client", body='{"error":"invalid_client"}', status=401),
+        failure("no oauth error", 400, "CODE_REJECTED", body="nothing here", status=404),
+        failure("unprintable error", 400, "CODE_REJECTED", body='{"error":"\\u0000\\n"}', status=400),
+        failure("429", 400, "CODE_REJECTED", body="{}", status=429),
+        failure("500", 503, "PROVIDER_UNAVAILABLE", status=500),
+        failure("503", 503, "PROVIDER_UNAVAILABLE", body='{"error":"x"}', status=503),
+        failure("cut connection", 503, "PROVIDER_UNAVAILABLE", kind="cut"),
+        failure("cut body", 503, "PROVIDER_UNAVAILABLE", kind="cut_body"),
+        failure("not http", 503, "PROVIDER_UNAVAILABLE", kind="not_http"),
+        failure("hang", 504, "PROVIDER_TIMEOUT", kind="hang"),
+        failure("trickling headers", 504, "PROVIDER_TIMEOUT", kind="trickle_headers"),
+        failure("trickling body", 504, "PROVIDER_TIMEOUT", kind="trickle_body"),
+        failure("garbage", 503, "PROVIDER_MALFORMED", kind="garbage"),
+        failure("array", 503, "PROVIDER_MALFORMED", kind="not_object"),
+        failure("no access token", 503, "PROVIDER_MALFORMED", kind="no_access_token"),
+        failure("token is a number", 503, "PROVIDER_MALFORMED", kind="token_not_string"),
+        failure("empty token", 503, "PROVIDER_MALFORMED", body='{"access_token":""}', status=200),
+        failure("surrogate in token", 503, "PROVIDER_MALFORMED", body='{"access_token":"\\ud800"}', status=200),
+        failure("nested brackets", 503, "PROVIDER_MALFORMED", kind="nested"),
+        failure("over 1 MiB", 503, "PROVIDER_MALFORMED", kind="huge"),
+        failure("gzip bomb", 503, "PROVIDER_MALFORMED", kind="gzip_bomb"),
+        failure("redirect", 503, "PROVIDER_MALFORMED", kind="redirect"),
     ],
-)  # fmt: skip
+)
 def test_provider_failures(
     stack: Stack, person: Person, fault: dict[str, Any], status: int, reason: str, metadata: dict[str, str]
 ) -> None:
@@ -429,9 +428,7 @@ def test_racing_codes_leave_one_consistent_pair(stack: Stack, person: Person) ->
 
 
 @pytest.mark.parametrize("kind", ["hang", "cut", "garbage"])
-def test_a_failing_revocation_neither_delays_nor_fails_the_answer(
-    stack: Stack, person: Person, kind: str
-) -> None:
+def test_a_failing_revocation_neither_delays_nor_fails_the_answer(stack: Stack, person: Person, kind: str) -> None:
     assert post_code(stack, person, stack.provider.code()).status_code == 200
     stack.provider.fault("revoke", kind)
     answer = rest(stack, "DELETE", path(), headers=as_user(person))

@@ -94,9 +94,7 @@ class Grants:
         self._access_tokens: dict[str, AccessToken] = {}
         self._refresh_tokens: dict[str, Family] = {}
 
-    def mint_code(
-        self, client_id: str, redirect_uri: str, user: str, scope: str = "", code: str | None = None
-    ) -> str:
+    def mint_code(self, client_id: str, redirect_uri: str, user: str, scope: str = "", code: str | None = None) -> str:
         """Register a fresh code: the literal one if given, otherwise a random one."""
         code = code if code is not None else f"code-{secrets.token_urlsafe(24)}"
         expires_at = self._clock() + CODE_LIFETIME

@@ -57,8 +57,7 @@ def consent(fields: Mapping[str, str], user: str) -> str:
     client_id = escape(fields["client_id"])
     scopes = "".join(f"<li><code>{escape(scope)}</code></li>" for scope in fields["scope"].split())
     hidden = "\n".join(
-        f'<input type="hidden" name="{escape(name)}" value="{escape(value)}">'
-        for name, value in fields.items()
+        f'<input type="hidden" name="{escape(name)}" value="{escape(value)}">' for name, value in fields.items()
     )
     return _page(
         "Allow access?",

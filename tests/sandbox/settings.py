@@ -27,8 +27,7 @@ def render(port: int) -> str:
     """The TOML for a sandbox provider on a port of 127.0.0.1."""
     url = f"http://127.0.0.1:{port}"
     sections = [
-        _PROVIDER.format(kai=client_id.removesuffix("-client"), url=url, secret=CLIENT_SECRET)
-        for client_id in CLIENTS
+        _PROVIDER.format(kai=client_id.removesuffix("-client"), url=url, secret=CLIENT_SECRET) for client_id in CLIENTS
     ]
     return _HEAD.format(port=port) + "".join(sections)
 

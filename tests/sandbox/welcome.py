@@ -13,8 +13,10 @@ In another terminal, connect a user's flo account:
 {home}.venv/bin/doorward user create --name Ada
 COOKIE=$(.venv/bin/doorward session create --user ada)
 CODE=$(curl -sSL -d '{consent}' {provider}/authorize)
-curl -sS -H "Cookie: doorward_session=$COOKIE" -H 'Content-Type: application/json' -d "{{\\"code\\": \\"$CODE\\"}}" {gateway}/api/v1/users/me/integrations/kai/flo/oauth2callback
-curl -sS -H "Cookie: doorward_session=$COOKIE" {gateway}/api/v1/users/me/integrations/kai/flo
+COOKIE="Cookie: doorward_session=$COOKIE" JSON='Content-Type: application/json'
+FLO={gateway}/api/v1/users/me/integrations/kai/flo
+curl -sS -H "$COOKIE" -H "$JSON" -d "{{\\"code\\": \\"$CODE\\"}}" $FLO/oauth2callback
+curl -sS -H "$COOKIE" $FLO
 Ctrl-C stops everything.\
 """
 

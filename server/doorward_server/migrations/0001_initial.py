@@ -83,4 +83,4 @@ CREATE TABLE master_keys (
 def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
     for statement in STATEMENTS.split(";"):
         if statement.strip():
-            database.execute_sql(statement)
+            database.execute_sql(statement)  # type: ignore[no-untyped-call]

@@ -1,11 +1,13 @@
 """IntegrationService: translates only."""
 
 from dataclasses import dataclass
+from datetime import datetime
 
 import grpc
-
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from doorward_server.integrations import DEFAULT_MIN_TTL, Integrations
 from doorward_server.rpc.policy import current_caller
 from doorward_server.sessions import SessionUser
@@ -15,9 +17,7 @@ from doorward_server.sessions import SessionUser
 class IntegrationServicer(stubs.IntegrationServiceServicer):
     integrations: Integrations
 
-    def GetKaiStatus(
-        self, request: pb.GetKaiStatusRequest, context: grpc.ServicerContext
-    ) -> pb.GetKaiStatusResponse:
+    def GetKaiStatus(self, request: pb.GetKaiStatusRequest, context: grpc.ServicerContext) -> pb.GetKaiStatusResponse:
         connected = self.integrations.status(_self_id(), request.kai_type)
         return pb.GetKaiStatusResponse(auth_status=connected)
 
@@ -25,9 +25,7 @@ class IntegrationServicer(stubs.IntegrationServiceServicer):
         self.integrations.revoke(_self_id(), request.kai_type)
         return pb.RevokeKaiResponse()
 
-    def ConnectKai(
-        self, request: pb.ConnectKaiRequest, context: grpc.ServicerContext
-    ) -> pb.ConnectKaiResponse:
+    def ConnectKai(self, request: pb.ConnectKaiRequest, context: grpc.ServicerContext) -> pb.ConnectKaiResponse:
         # A code of another JSON type reads as "".
         self.integrations.connect(_self_id(), request.kai_type, request.code.string_value)
         return pb.ConnectKaiResponse()
@@ -37,7 +35,15 @@ class IntegrationServicer(stubs.IntegrationServiceServicer):
     ) -> pb.GetAccessTokenResponse:
         min_ttl = request.min_ttl if request.HasField("min_ttl") else DEFAULT_MIN_TTL
         token = self.integrations.access_token(request.user, request.provider, min_ttl)
-        return pb.GetAccessTokenResponse(access_token=token.value, expire_time=token.expires_at)
+        return pb.GetAccessTokenResponse(access_token=token.value, expire_time=_timestamp(token.expires_at))
+
+
+def _timestamp(time: datetime | None) -> Timestamp | None:
+    if time is None:
+        return None
+    timestamp = Timestamp()
+    timestamp.FromDatetime(time)
+    return timestamp
 
 
 def _self_id() -> int:

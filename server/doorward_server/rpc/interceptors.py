@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -54,7 +54,7 @@ class Authenticator:
         )
 
 
-class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]
+class CallInterceptor(grpc.ServerInterceptor):
     """Wraps the handlers of the RPCs that have a policy; refuses to run ours without one."""
 
     def __init__(
@@ -84,6 +84,8 @@ class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]
         policy = self._policies.get(method)
         if handler is None or policy is None:
             return handler
+        if handler.unary_unary is None:
+            raise TypeError(f"{method} streams, which no handler here is made for")
         call = _Call(method, handler, policy, self._authenticator, self._log, access_log=self._access_log)
         wrapped = grpc.unary_unary_rpc_method_handler(call)
         self._wrapped[method] = wrapped
@@ -104,9 +106,9 @@ class _Call:
         access_log: bool,
     ) -> None:
         self._method = method
-        self._parse = handler.request_deserializer
-        self._behavior = handler.unary_unary
-        self._serialize = handler.response_serializer
+        self._parse: Callable[[bytes], Message] = cast(Any, handler.request_deserializer)
+        self._behavior: Callable[[Message, grpc.ServicerContext], Message] = cast(Any, handler.unary_unary)
+        self._serialize: Callable[[Message], bytes] = cast(Any, handler.response_serializer)
         self._policy = policy
         self._authenticator = authenticator
         self._log = log
@@ -149,14 +151,11 @@ class _Call:
 
     def _parse_message(self, request: bytes) -> Message:
         try:
-            message: Message = self._parse(request)
+            return self._parse(request)
         except (DecodeError, ValueError):
             raise MalformedRequest from None
-        return message
 
-    def _write_line(
-        self, request_id: str, caller: Caller | None, failure: CallError | None, started: float
-    ) -> None:
+    def _write_line(self, request_id: str, caller: Caller | None, failure: CallError | None, started: float) -> None:
         self._log.info(
             "call",
             method=self._method,
@@ -200,8 +199,7 @@ def _holds_nul(message: Message) -> bool:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             values = [*value.keys(), *value.values()]
         if any(
-            _holds_nul(item) if isinstance(item, Message) else isinstance(item, str) and "\0" in item
-            for item in values
+            _holds_nul(item) if isinstance(item, Message) else isinstance(item, str) and "\0" in item for item in values
         ):
             return True
     return False

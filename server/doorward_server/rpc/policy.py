@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import grpc
+from doorward.auth.v1 import policy_pb2
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
-from doorward.auth.v1 import policy_pb2
 from doorward_server.errors import (
     NoServiceToken,
     NoSession,
@@ -91,9 +90,7 @@ class Policy:
         raise ServiceTokenRequired if credentials.has_cookie else NoServiceToken
 
 
-def read_policies(
-    services: Iterable[ServiceDescriptor], allowed_origins: frozenset[str]
-) -> Mapping[str, Policy]:
+def read_policies(services: Iterable[ServiceDescriptor], allowed_origins: frozenset[str]) -> Mapping[str, Policy]:
     """The policy of every RPC by its full name (`/package.Service/Method`); LookupError when one has none."""
     return {
         f"/{service.full_name}/{method.name}": _read_policy(method, allowed_origins)

@@ -2,7 +2,8 @@
 
 import grpc
 from google.protobuf import any_pb2
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from doorward_server.errors import CallError
 
@@ -21,7 +22,7 @@ def status_code(error: CallError) -> grpc.StatusCode:
 def trailing_metadata(error: CallError) -> Metadata:
     """The details of an error."""
     detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
+    detail.Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
     number: int = status_code(error).value[0]
-    status = status_pb2.Status(code=number, message=error.message, details=[detail])
+    status = Status(code=number, message=error.message, details=[detail])
     return ((_DETAILS, status.SerializeToString()),)
