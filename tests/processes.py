@@ -37,13 +37,15 @@ class Process:
     def __init__(self, command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> None:
         self.log = log
         with log.open("ab") as output:
+            self._start = output.tell()  # an earlier process may have written before
             self._popen = subprocess.Popen(
                 [str(part) for part in command], cwd=ROOT, env=environment, stdout=output, stderr=output
             )
         self.pid = self._popen.pid
 
     def output(self) -> str:
-        return self.log.read_text()
+        """What it has printed so far."""
+        return self.log.read_bytes()[self._start :].decode()
 
     def await_output(self, text: str) -> None:
         """Return when the process has printed the text; fail when it ends first."""
