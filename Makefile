@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 up: $(STAMP)  ## run the server, the gateway and the stand-ins; Ctrl-C ends them all
 	@$(BIN)/python -m tests.sandbox.settings | $(BIN)/doorward init --settings -
-	@DOORWARD_GRPC_REFLECTION=true $(BIN)/honcho start
+	@DOORWARD_GRPC_REFLECTION=true exec $(BIN)/honcho start
 
 test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest

