@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 import peewee
-from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
 from doorward_server import models
 from doorward_server.clock import Clock
 from doorward_server.crypto import KeyRing

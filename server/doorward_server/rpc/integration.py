@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import grpc
-from doorward.integration.v1 import integration_service_pb2 as pb
-from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from doorward.integration.v1 import integration_service_pb2 as pb
+from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.integrations import DEFAULT_MIN_TTL, Integrations
 from doorward_server.rpc.policy import current_caller
 from doorward_server.sessions import SessionUser

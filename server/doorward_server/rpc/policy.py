@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from doorward.auth.v1 import policy_pb2
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
+from doorward.auth.v1 import policy_pb2
 from doorward_server.errors import (
     NoServiceToken,
     NoSession,
