@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := $(shell find protos/doorward -name '*.proto')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install up test check format generate lock bench soak clean
+.PHONY: help install up test check format generate baseline lock bench soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -48,6 +48,9 @@ format: $(STAMP)  ## format the code and the protos
 
 generate: $(STAMP)  ## make the stubs and the descriptors anew
 	$(BIN)/python -m tests.protos generate
+
+baseline: $(STAMP)  ## make the protos as they are what later ones must not break
+	$(BIN)/python -m tests.protos baseline
 
 lock:  ## resolve the dependencies anew (needs pip-tools in the active environment)
 	pip-compile --quiet --strip-extras --all-extras --generate-hashes --allow-unsafe \

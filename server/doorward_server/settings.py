@@ -69,8 +69,9 @@ class GrpcSection(Section):
     socket: Path | None = None
     # Calls served at once; the rest waits.
     threads: int = Field(64, ge=2, le=1024)
-    # Calls taken in at once, waiting ones too; more are refused with RESOURCE_EXHAUSTED.
-    max_concurrent_rpcs: int = Field(512, ge=2)
+    # Calls taken in at once, waiting ones too; more than one gateway sends (1000).
+    # Beyond it gRPC itself answers RESOURCE_EXHAUSTED.
+    max_concurrent_rpcs: int = Field(1024, ge=2)
     # Server reflection, so that grpcurl works without the protos.
     reflection: bool = False
     # On SIGTERM: seconds between telling the gateway and refusing calls, and for calls under way.
