@@ -183,8 +183,9 @@ class Server:
         health_servicer.enter_graceful_shutdown()
         # The gateway's health check has to notice before calls are refused.
         threading.Event().wait(settings.grpc.drain_wait)
+        stopped = server.stop(settings.grpc.drain_grace)
         self.app.worker.stop(settings.grpc.drain_grace)
-        server.stop(settings.grpc.drain_grace).wait()
+        stopped.wait()
         settings.socket.unlink(missing_ok=True)
         self.app.outbound.close()
         log.info("stopped")

@@ -75,8 +75,8 @@ class GrpcSection(Section):
     # Server reflection, so that grpcurl works without the protos.
     reflection: bool = False
     # On SIGTERM: seconds between telling the gateway and refusing calls, and for calls under way.
-    drain_wait: float = Field(1.0, ge=0)
-    drain_grace: float = Field(2.5, ge=0)
+    drain_wait: float = Field(1.5, ge=0)
+    drain_grace: float = Field(2.0, ge=0)
 
 
 class GatewaySection(Section):
