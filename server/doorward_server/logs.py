@@ -5,7 +5,9 @@ logged by its type and the places it passed through, never by its text: a librar
 URL or a parameter into it.
 """
 
+import json
 import logging
+import os
 import sys
 import traceback
 from typing import Any, Literal
@@ -16,17 +18,39 @@ Level = Literal["debug", "info", "warning", "error"]
 Log = structlog.typing.FilteringBoundLogger
 
 
+# One encoder for all lines: json.dumps makes a new one per call as soon as it is given an option.
+_encoder = json.JSONEncoder(default=repr)
+
+
+def _to_json(line: dict[str, Any], **_options: Any) -> str:
+    return _encoder.encode(line)
+
+
+class _Lines:
+    """Writes each line by one system call, so that lines of threads and processes do not mix."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def msg(self, line: str) -> None:
+        os.write(self._descriptor, f"{line}\n".encode())
+
+    debug = info = warning = error = msg
+
+
 def make_log(level: Level) -> Log:
     """A logger that writes lines of `level` and above to stderr."""
-    return structlog.wrap_logger(  # type: ignore[no-any-return]
-        structlog.WriteLogger(sys.stderr),
+    log = structlog.wrap_logger(
+        _Lines(sys.stderr.fileno()),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
+            structlog.processors.JSONRenderer(serializer=_to_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )
+    # Bound once: the lazy logger would put itself together anew for every line.
+    return log.bind()  # type: ignore[no-any-return]
 
 
 def describe(failure: BaseException) -> dict[str, Any]:

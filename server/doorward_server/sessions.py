@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 from doorward_server.clock import Clock
 from doorward_server.crypto import fingerprint, make_secret
@@ -16,8 +17,7 @@ _FIND = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SessionUser:
+class SessionUser(NamedTuple):
     """Whose session it is."""
 
     session_id: int

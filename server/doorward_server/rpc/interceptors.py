@@ -7,8 +7,8 @@ error. Health and reflection, which are not ours and show nothing, pass through.
 from __future__ import annotations
 
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -170,7 +170,7 @@ class _Call:
 def _request_id(metadata: Mapping[str, str | bytes]) -> str:
     """The id that the caller chose, if it is fit for a log line; else a new one."""
     given = metadata.get(_REQUEST_ID)
-    return given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else str(uuid.uuid4())
+    return given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def _name(caller: Caller | None) -> str | None:

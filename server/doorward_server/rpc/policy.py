@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
@@ -30,8 +31,7 @@ _SELF_SESSION = policy_pb2.CALLER_KIND_SELF_SESSION
 _SERVICE = policy_pb2.CALLER_KIND_SERVICE
 
 
-@dataclass(frozen=True)
-class Credentials:
+class Credentials(NamedTuple):
     """What a call came with, already looked up.
 
     `has_cookie` and `has_authorization` tell what was presented, `caller` what it proved to be.
