@@ -141,9 +141,7 @@ def test_consent_page_escapes_what_it_repeats(provider: Provider) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_dubious_requests_get_a_page_and_no_redirect(
-    provider: Provider, method: str, wrong: dict[str, str]
-) -> None:
+def test_dubious_requests_get_a_page_and_no_redirect(provider: Provider, method: str, wrong: dict[str, str]) -> None:
     parameters = CONSENT | {"response_type": "code", "decision": "allow"} | wrong
     carrier: dict[str, Any] = {"params" if method == "GET" else "data": parameters}
     answer = provider.client.request(method, "/authorize", **carrier)
@@ -159,9 +157,7 @@ def test_dubious_requests_get_a_page_and_no_redirect(
         pytest.param({}, "error", id="neither"),
     ],
 )
-def test_decision_goes_back_to_the_application(
-    provider: Provider, decision: dict[str, str], answer: str
-) -> None:
+def test_decision_goes_back_to_the_application(provider: Provider, decision: dict[str, str], answer: str) -> None:
     redirect_uri = "http://localhost:1234/back?kept=1"
     form = CONSENT | decision | {"redirect_uri": redirect_uri}
     redirect = provider.client.post("/authorize", data=form)
@@ -188,9 +184,7 @@ def test_callback_gives_scripts_the_bare_code(provider: Provider) -> None:
 
 
 def test_callback_gives_people_a_command(provider: Provider) -> None:
-    page = provider.client.get(
-        "/app/callback", params={"code": "it's<b>"}, headers={"Accept": "text/html,*/*"}
-    )
+    page = provider.client.get("/app/callback", params={"code": "it's<b>"}, headers={"Accept": "text/html,*/*"})
     assert page.headers["content-type"].startswith("text/html")
     assert "it's<b>" not in page.text
     assert "integrations/kai/flo/oauth2callback" in page.text
@@ -272,9 +266,7 @@ def test_token_refusals(provider: Provider, change: dict[str, Any], status: int,
         pytest.param("Basic Zmxv", CREDENTIALS, 400, "invalid_request", id="two-ways-at-once"),
     ],
 )
-def test_basic_refusals(
-    provider: Provider, authorization: str, form: dict[str, str], status: int, error: str
-) -> None:
+def test_basic_refusals(provider: Provider, authorization: str, form: dict[str, str], status: int, error: str) -> None:
     headers = {"Authorization": authorization}
     answer = provider.client.post("/token", data=form, headers=headers)
     assert (answer.status_code, answer.json()["error"]) == (status, error)
@@ -447,9 +439,7 @@ def _is_not_json(response: httpx.Response) -> bool:
         pytest.param({"kind": "huge"}, lambda r: len(r.json()["access_token"]) == 10 << 20, id="huge"),
         pytest.param(
             {"kind": "gzip_bomb"},
-            lambda r: (
-                int(r.headers["content-length"]) < 1 << 20 and len(r.json()["access_token"]) == 100 << 20
-            ),
+            lambda r: int(r.headers["content-length"]) < 1 << 20 and len(r.json()["access_token"]) == 100 << 20,
             id="gzip_bomb",
         ),
         pytest.param({"kind": "nested"}, _is_not_json, id="nested"),

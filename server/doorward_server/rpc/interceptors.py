@@ -116,7 +116,7 @@ class _Call:
 
     def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         started = time.perf_counter()
-        metadata = dict(context.invocation_metadata())
+        metadata = _read_metadata(context)
         peer = context.peer()
         request_id = _request_id(metadata)
         caller: Caller | None = None
@@ -165,6 +165,16 @@ class _Call:
             caller=_name(caller),
             request_id=request_id,
         )
+
+
+def _read_metadata(context: grpc.ServicerContext) -> Mapping[str, str | bytes]:
+    """The metadata by name. A browser may send several Cookie headers (RFC 9113, section 8.2.3)."""
+    pairs = context.invocation_metadata()
+    metadata = dict(pairs)
+    if len(metadata) != len(pairs):
+        cookies = [_text(value) for name, value in pairs if name == "cookie"]
+        metadata |= {"cookie": "; ".join(cookies)} if cookies else {}
+    return metadata
 
 
 def _request_id(metadata: Mapping[str, str | bytes]) -> str:

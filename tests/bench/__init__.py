@@ -1,0 +1,1 @@
+"""Measurements: what a call costs in Doorward beyond what gRPC itself costs. `make bench` runs them."""

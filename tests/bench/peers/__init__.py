@@ -1,0 +1,1 @@
+"""What Doorward is measured against."""

@@ -1,0 +1,215 @@
+"""A real server of pytest-grpc's for the RPC tests: on a Unix socket, as for the gateway, and on a TCP port."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from doorward_server import models
+from doorward_server import settings as settings_module
+from doorward_server.app import SERVICES, App
+from doorward_server.clock import Clock
+from doorward_server.settings import Settings
+from tests.sandbox.client import SandboxProvider
+from tests.stack import Person, make_stack
+
+METHODS: dict[str, MethodDescriptor] = {
+    f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods
+}
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+class SetClock(Clock):
+    """The system's clock, put forward."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta(0)
+
+    def now(self) -> datetime:
+        return super().now() + self.ahead
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call ended. `reason` and `error` are of the ErrorInfo; "" and None without one."""
+
+    code: str
+    message: str
+    reason: str
+    error: str | None
+    domain: str
+    trailers: dict[str, str | bytes]
+    answer: Any = None
+
+    @property
+    def short(self) -> str:
+        """`OK`, or the code and the reason."""
+        return f"{self.code} {self.reason}".strip()
+
+
+def call(
+    channel: grpc.Channel, method: str, request: Message | bytes, metadata: Metadata = (), timeout: float = 20
+) -> Result:
+    """One call, by the RPC's full name; a message as bytes goes out as it is."""
+    described = METHODS.get(method)
+    payload = request if isinstance(request, bytes) else request.SerializeToString()
+    rpc: Any = channel.unary_unary(method)
+    try:
+        answer, finished = rpc.with_call(payload, metadata=metadata, timeout=timeout)
+    except grpc.RpcError as failure:
+        return read_failure(failure)
+    parsed = GetMessageClass(described.output_type).FromString(answer) if described else answer
+    return Result("OK", "", "", None, "", dict(finished.trailing_metadata()), parsed)
+
+
+def read_failure(failure: Any) -> Result:
+    """What a failed call says."""
+    trailers = dict(failure.trailing_metadata())
+    status, info = Status.FromString(trailers.pop("grpc-status-details-bin", b"")), ErrorInfo()
+    if status.details:
+        assert (status.code, status.message) == (failure.code().value[0], failure.details())
+        [detail] = status.details
+        assert detail.Unpack(info)
+    return Result(
+        failure.code().name, failure.details(), info.reason, info.metadata.get("error"), info.domain, trailers
+    )
+
+
+@dataclass
+class House:
+    """A home, the app on it, and the addresses at which it is served."""
+
+    only_app: App
+    clock: SetClock
+    provider: SandboxProvider
+    secrets: set[str]
+    log: Path
+    socket: str
+    ports: list[int] = field(default_factory=list)
+    _people: int = 0
+
+    @property
+    def app(self) -> App:
+        """The app, after other tests' apps have bound the models to their own databases."""
+        models.bind(self.only_app.database)
+        return self.only_app
+
+    def person(self) -> Person:
+        self._people += 1
+        user = self.app.users.create(f"Person {self._people}")
+        _, cookie = self.app.sessions.create(user)
+        self.secrets.add(cookie)
+        return Person(user.id, user.slug, cookie)
+
+    def service_token(self, *roles: str, lifetime: timedelta | None = None) -> tuple[int, str]:
+        """A token's id and value."""
+        token, value = self.app.service_tokens.create(roles, lifetime=lifetime)
+        self.secrets.add(value)
+        return token.id, value
+
+    def connect(self, person: Person, kai: str = "flo") -> None:
+        self.app.integrations.connect(person.id, kai, self.provider.code(kai))
+
+    def lines(self, text: str) -> list[dict[str, Any]]:
+        """The log's lines that hold a text."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if text in line]
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, log: Path, clock: Clock | None = None) -> Iterator[App]:
+    """An app that logs to a file, for the time of a `with` block."""
+    app = App(settings, clock)
+    with log.open("a") as stream:
+        # The logger writes to what is stderr when it is first asked for.
+        with contextlib.redirect_stderr(stream):
+            assert app.log
+        yield app
+        app.outbound.close()
+        app.database.close()
+
+
+@contextlib.contextmanager
+def served(app: App, folder: Path, add: Callable[[grpc.Server], object] | None = None) -> Iterator[grpc.Channel]:
+    """A server of its own behind the app's interceptor, on a Unix socket; a channel to it."""
+    server = grpc.server(ThreadPoolExecutor(4), interceptors=[app.interceptor])
+    (add or app.add_services)(server)
+    server.add_insecure_port(f"unix:{folder}/own.sock")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"unix:{folder}/own.sock") as channel:
+            yield channel
+    finally:
+        server.stop(0).wait()
+
+
+@pytest.fixture(scope="module")
+def house(
+    tmp_path_factory: pytest.TempPathFactory, logs: Path, shared_provider: SandboxProvider, secrets: set[str]
+) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("rpc")
+    make_stack(folder / "home", logs, shared_provider, secrets)
+    log, clock = logs / f"{folder.name}.log", SetClock()
+    with opened(settings_module.load(folder / "home"), log, clock) as app:
+        yield House(app, clock, shared_provider, secrets, log, f"unix:{folder}/rpc.sock")
+
+
+@pytest.fixture(autouse=True)
+def _as_new(request: pytest.FixtureRequest) -> None:
+    """The models bound to the house, and its clock at the real time."""
+    if "house" in request.fixturenames:
+        house: House = request.getfixturevalue("house")
+        assert house.app
+        house.clock.ahead = timedelta(0)
+
+
+# What pytest-grpc asks for; its own `grpc_addr` leaves a socket open.
+
+
+@pytest.fixture(scope="module")
+def grpc_addr(house: House) -> str:
+    return house.socket
+
+
+@pytest.fixture(scope="module")
+def grpc_interceptors(house: House) -> list[grpc.ServerInterceptor]:
+    return [house.app.interceptor]
+
+
+@pytest.fixture(scope="module")
+def grpc_servicer(house: House) -> App:
+    """The app, which adds its services itself."""
+    return house.app
+
+
+@pytest.fixture(scope="module")
+def grpc_add_to_server(house: House) -> Callable[[App, grpc.Server], None]:
+    def add(app: App, server: grpc.Server) -> None:
+        app.add_services(server)
+        house.ports.append(server.add_insecure_port("127.0.0.1:0"))
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def over_socket(grpc_channel: grpc.Channel) -> grpc.Channel:
+    """As the gateway calls."""
+    return grpc_channel
+
+
+@pytest.fixture(scope="module")
+def over_tcp(house: House, grpc_server: grpc.Server) -> Iterator[grpc.Channel]:
+    """As a backend calls."""
+    with grpc.insecure_channel(f"127.0.0.1:{house.ports[-1]}") as channel:
+        yield channel

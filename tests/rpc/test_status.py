@@ -1,0 +1,299 @@
+"""Errors as gRPC statuses: every class in one table, and the failures that no caller should see the inside of."""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from doorward.integration.v1 import integration_service_pb2 as pb
+from doorward.integration.v1 import integration_service_pb2_grpc as stubs
+from doorward_server import errors
+from doorward_server.errors import CallError
+from doorward_server.outbound import ConnectTimeout, NotConnectable
+from doorward_server.rpc.integration import IntegrationServicer
+from doorward_server.rpc.status import status_code, trailing_metadata
+from tests.rpc.conftest import METHODS, House, Metadata, call, opened, served
+from tests.stack import Person, Stack
+
+grpc_max_workers = 4
+
+_INTEGRATION = "/doorward.integration.v1.IntegrationService"
+_STATUS = f"{_INTEGRATION}/GetKaiStatus"
+_TOKEN = f"{_INTEGRATION}/GetAccessToken"
+
+# The number of each code in use (google/rpc/code.proto); the gateway's tests map each to its HTTP status.
+CODES = {
+    "INVALID_ARGUMENT": 3,
+    "DEADLINE_EXCEEDED": 4,
+    "NOT_FOUND": 5,
+    "ALREADY_EXISTS": 6,
+    "PERMISSION_DENIED": 7,
+    "FAILED_PRECONDITION": 9,
+    "ABORTED": 10,
+    "INTERNAL": 13,
+    "UNAVAILABLE": 14,
+    "UNAUTHENTICATED": 16,
+}
+ERRORS: dict[type[CallError], tuple[str, str]] = {
+    errors.MalformedRequest: ("INVALID_ARGUMENT", "MALFORMED_REQUEST"),
+    errors.UnknownKaiType: ("INVALID_ARGUMENT", "UNKNOWN_KAI_TYPE"),
+    errors.CodeRequired: ("INVALID_ARGUMENT", "CODE_REQUIRED"),
+    errors.CodeRejected: ("INVALID_ARGUMENT", "CODE_REJECTED"),
+    errors.InvalidMinTtl: ("INVALID_ARGUMENT", "INVALID_MIN_TTL"),
+    errors.InvalidName: ("INVALID_ARGUMENT", "INVALID_NAME"),
+    errors.InvalidEmail: ("INVALID_ARGUMENT", "INVALID_EMAIL"),
+    errors.ProviderNotConfigured: ("FAILED_PRECONDITION", "PROVIDER_NOT_CONFIGURED"),
+    errors.NeedsReauth: ("FAILED_PRECONDITION", "NEEDS_REAUTH"),
+    errors.RefreshRejected: ("FAILED_PRECONDITION", "REFRESH_REJECTED"),
+    errors.NoSession: ("UNAUTHENTICATED", "NO_SESSION"),
+    errors.NoServiceToken: ("UNAUTHENTICATED", "NO_SERVICE_TOKEN"),
+    errors.SessionRequired: ("PERMISSION_DENIED", "SESSION_REQUIRED"),
+    errors.NotSelf: ("PERMISSION_DENIED", "NOT_SELF"),
+    errors.OriginNotAllowed: ("PERMISSION_DENIED", "ORIGIN_NOT_ALLOWED"),
+    errors.ServiceTokenRequired: ("PERMISSION_DENIED", "SERVICE_TOKEN_REQUIRED"),
+    errors.RoleRequired: ("PERMISSION_DENIED", "ROLE_REQUIRED"),
+    errors.NoConnection: ("NOT_FOUND", "NOT_CONNECTED"),
+    errors.UserNotFound: ("NOT_FOUND", "USER_NOT_FOUND"),
+    errors.SessionNotFound: ("NOT_FOUND", "SESSION_NOT_FOUND"),
+    errors.ServiceTokenNotFound: ("NOT_FOUND", "SERVICE_TOKEN_NOT_FOUND"),
+    errors.SlugTaken: ("ALREADY_EXISTS", "SLUG_TAKEN"),
+    errors.EmailTaken: ("ALREADY_EXISTS", "EMAIL_TAKEN"),
+    errors.NotConnected: ("ABORTED", "NOT_CONNECTED"),
+    errors.CodeAlreadyUsed: ("ABORTED", "CODE_ALREADY_USED"),
+    errors.ProviderUnavailable: ("UNAVAILABLE", "PROVIDER_UNAVAILABLE"),
+    NotConnectable: ("UNAVAILABLE", "PROVIDER_UNAVAILABLE"),
+    errors.ProviderMalformed: ("UNAVAILABLE", "PROVIDER_MALFORMED"),
+    errors.Busy: ("UNAVAILABLE", "BUSY"),
+    errors.StorageUnavailable: ("UNAVAILABLE", "STORAGE_UNAVAILABLE"),
+    errors.ProviderTimeout: ("DEADLINE_EXCEEDED", "PROVIDER_TIMEOUT"),
+    ConnectTimeout: ("DEADLINE_EXCEEDED", "PROVIDER_TIMEOUT"),
+    errors.Internal: ("INTERNAL", "INTERNAL"),
+}
+
+
+def descendants(error: type[CallError]) -> Iterator[type[CallError]]:
+    for child in error.__subclasses__():
+        yield child
+        yield from descendants(child)
+
+
+def test_the_table_holds_every_error() -> None:
+    raised = {
+        error
+        for error in descendants(CallError)
+        if error.__module__.startswith("doorward_server.") and hasattr(error, "reason")
+    }
+    assert raised == set(ERRORS)
+    assert {code for code, _ in ERRORS.values()} == set(CODES)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_what_an_error_says(error: type[CallError]) -> None:
+    code, reason = ERRORS[error]
+    failure = error({"error": "invalid_client"})
+    assert (status_code(failure).name, status_code(failure).value[0]) == (code, CODES[code])
+    [(key, value)] = trailing_metadata(failure)
+    assert key == "grpc-status-details-bin"
+    assert isinstance(value, bytes)
+    status, info = Status.FromString(value), ErrorInfo()
+    assert (status.code, status.message) == (CODES[code], error.message)
+    [detail] = status.details
+    assert detail.type_url == "type.googleapis.com/google.rpc.ErrorInfo"
+    assert detail.Unpack(info)
+    assert (info.reason, info.domain, dict(info.metadata)) == (reason, "doorward", {"error": "invalid_client"})
+    assert str(failure) == error.message
+    assert error.message.isascii()
+    assert error.message == error.message.strip() != ""
+
+
+# Malformed messages
+
+
+@pytest.fixture(scope="module")
+def person(house: House) -> Person:
+    return house.person()
+
+
+@pytest.fixture(scope="module")
+def of_person(person: Person) -> Metadata:
+    return (("cookie", f"doorward_session={person.cookie}"),)
+
+
+@pytest.fixture(scope="module")
+def of_backend(house: House) -> Metadata:
+    return (("authorization", f"Bearer {house.service_token('backend')[1]}"),)
+
+
+@pytest.fixture
+def entrances(
+    over_socket: grpc.Channel, over_tcp: grpc.Channel, of_person: Metadata, of_backend: Metadata
+) -> dict[bool, tuple[grpc.Channel, Metadata]]:
+    """How to get past authentication: for the RPCs of a user, and for the others."""
+    return {True: (over_socket, of_person), False: (over_tcp, of_backend)}
+
+
+def is_for_users(method: str) -> bool:
+    return "user_id" in METHODS[method].input_type.fields_by_name
+
+
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.rpartition("/")[2])
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize(
+    "message",
+    [b"\xff\xff\xff\xff", b"\x0a", b"\x0a\x05me", b"\x0a\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\xff\x01", b"\x07"],
+    ids=["garbage", "cut tag", "cut string", "not UTF-8", "long length", "wire type"],
+)
+def test_messages_that_do_not_parse(
+    entrances: dict[bool, tuple[grpc.Channel, Metadata]], over_socket: grpc.Channel, method: str, message: bytes
+) -> None:
+    channel, metadata = entrances[is_for_users(method)]
+    assert call(channel, method, message, metadata).short == "INVALID_ARGUMENT MALFORMED_REQUEST"
+    # Nobody learns that much without credentials.
+    assert call(over_socket, method, message).code == "UNAUTHENTICATED"
+
+
+def nul_requests(person: str) -> Iterator[Any]:
+    """Of every RPC a request for each of its strings, with a NUL in that one."""
+    for name, method in METHODS.items():
+        request_class = GetMessageClass(method.input_type)
+        valid: dict[str, Any] = {"user_id": person, "kai_type": "flo", "user": "somebody", "provider": "flo"}
+        strings = {key: value for key, value in valid.items() if key in method.input_type.fields_by_name}
+        for field in method.input_type.fields:
+            if field.type == FieldDescriptor.TYPE_STRING:
+                assert field.name in valid, f"{name} has a field that this test does not know"
+                spoilt = {**strings, field.name: f"{valid[field.name]}\0"}
+                yield pytest.param(name, request_class(**spoilt), id=f"{method.name} {field.name}")
+    codes: dict[str, Any] = {
+        "string": {"string_value": "a\0b"},
+        "list": {"list_value": {"values": [{"number_value": 1}, {"string_value": "\0"}]}},
+        "member": {"struct_value": {"fields": {"a": {"string_value": "\0"}}}},
+        "name": {"struct_value": {"fields": {"\0": {"bool_value": True}}}},
+    }
+    for key, value in codes.items():
+        request = pb.ConnectKaiRequest(user_id=person, kai_type="flo", code=value)
+        yield pytest.param(f"{_INTEGRATION}/ConnectKai", request, id=f"ConnectKai code {key}")
+
+
+@pytest.mark.parametrize(("method", "request_"), [*nul_requests("me")])
+def test_nul_in_any_string(
+    entrances: dict[bool, tuple[grpc.Channel, Metadata]], house: House, method: str, request_: Message
+) -> None:
+    channel, metadata = entrances[is_for_users(method)]
+    result = call(channel, method, request_, metadata)
+    if "\0" in getattr(request_, "user_id", ""):
+        # Whoever that is, it is not the caller; and that is judged first.
+        assert result.short == "PERMISSION_DENIED NOT_SELF"
+    else:
+        assert result.short == "INVALID_ARGUMENT MALFORMED_REQUEST"
+
+
+@pytest.mark.parametrize(
+    "method", ["/doorward.integration.v1.IntegrationService/Nothing", "/doorward.v9.Nothing/Nothing", "/"]
+)
+def test_unknown_methods(over_tcp: grpc.Channel, of_backend: Metadata, method: str) -> None:
+    assert call(over_tcp, method, b"", of_backend).code == "UNIMPLEMENTED"
+
+
+@pytest.mark.parametrize(
+    ("size", "outcome"),
+    [((1 << 20) - 100, "NOT_FOUND NOT_CONNECTED"), ((1 << 20) + 1, "RESOURCE_EXHAUSTED")],
+    ids=["below", "above"],
+)
+def test_messages_of_1_mib(stack: Stack, size: int, outcome: str) -> None:
+    metadata = (("authorization", f"Bearer {stack.service_token('backend')}"),)
+    with grpc.insecure_channel(f"127.0.0.1:{stack.grpc_port}") as channel:
+        request = pb.GetAccessTokenRequest(user="x" * size, provider="flo")
+        assert call(channel, _TOKEN, request, metadata).short == outcome
+
+
+# Failures inside
+
+
+class Faulty(IntegrationServicer):
+    """A servicer with mistakes of every sort, each named by the request's `kai_type`."""
+
+    def GetKaiStatus(  # noqa: N802 - the generated base class names the method
+        self, request: pb.GetKaiStatusRequest, context: grpc.ServicerContext
+    ) -> pb.GetKaiStatusResponse:
+        match request.kai_type:
+            case "exception":
+                raise ValueError("secret text")
+            case "chained":
+                try:
+                    raise KeyError("secret text")
+                except KeyError as error:
+                    raise RuntimeError("more secret text") from error
+            case "grpc":
+                raise grpc.RpcError("secret text")
+            case _:
+                return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "exception"),
+    [
+        ("exception", "ValueError"),
+        ("chained", "RuntimeError"),
+        ("grpc", "RpcError"),
+        ("no answer", "TypeError"),
+    ],
+)
+def test_an_unexpected_exception_is_told_to_nobody(
+    house: House, tmp_path: Path, logs: Path, of_person: Metadata, mistake: str, exception: str
+) -> None:
+    log = logs / f"faulty-{mistake.replace(' ', '-')}.log"
+    metadata = (*of_person, ("x-request-id", f"id-of-{mistake.replace(' ', '-')}"))
+    with opened(house.app.settings, log) as app:
+        faulty = Faulty(app.integrations)
+        with served(
+            app, tmp_path, lambda server: stubs.add_IntegrationServiceServicer_to_server(faulty, server)
+        ) as channel:
+            request = pb.GetKaiStatusRequest(user_id="me", kai_type=mistake)
+            result = call(channel, _STATUS, request, metadata)
+    assert (result.short, result.message, result.error) == ("INTERNAL INTERNAL", "internal error", None)
+    assert result.trailers == {}
+    text = log.read_text()
+    assert "secret" not in text
+    unexpected, line = (json.loads(line) for line in text.splitlines())
+    assert (unexpected["event"], unexpected["level"], line["event"]) == ("unexpected", "error", "call")
+    assert unexpected["request_id"] == line["request_id"] == metadata[-1][1]
+    assert unexpected["exception"] == exception
+    assert (line["code"], line["reason"]) == ("INTERNAL", "INTERNAL")
+
+
+@pytest.mark.parametrize(
+    ("method", "damage"),
+    [
+        pytest.param("GetKaiStatus", "DROP TABLE sessions", id="damaged, to a reader"),
+        pytest.param("RevokeKai", "DROP TABLE connections", id="damaged, to a writer"),
+        pytest.param("RevokeKai", "BEGIN IMMEDIATE", id="locked"),
+    ],
+)
+def test_a_database_that_cannot_be_used(house: House, tmp_path: Path, logs: Path, method: str, damage: str) -> None:
+    """Told apart from mistakes: the caller may come again, once somebody has mended it."""
+    settings, path = house.app.settings, tmp_path / "doorward.db"
+    database = settings.database.model_copy(update={"url": f"sqlite:///{path}", "busy_timeout": 0.2})
+    log = logs / f"{tmp_path.name}.log"
+    with opened(settings.model_copy(update={"database": database}), log) as app:
+        _, cookie = app.sessions.create(app.users.create("Somebody"))
+        metadata = (("cookie", f"doorward_session={cookie}"),)
+        request = GetMessageClass(METHODS[f"{_INTEGRATION}/{method}"].input_type)(user_id="me", kai_type="flo")
+        with served(app, tmp_path) as channel, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            assert call(channel, f"{_INTEGRATION}/{method}", request, metadata).code in {"OK", "ABORTED"}
+            other.execute(damage)
+            result = call(channel, f"{_INTEGRATION}/{method}", request, metadata)
+    assert result.short == "UNAVAILABLE STORAGE_UNAVAILABLE"
+    assert result.message == errors.StorageUnavailable.message
+    assert '"unexpected"' not in log.read_text()

@@ -1,0 +1,540 @@
+"""The command line as operators meet it: real processes, their output, exit codes and files."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from doorward_server.cli import cli, run
+from doorward_server.crypto import KeyRing, MasterKey
+from doorward_server.database import Database
+from tests.processes import BIN, await_condition, clean_environment, free_port
+
+Done = subprocess.CompletedProcess[str]
+
+
+def wrong(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def doorward(
+    home: Path | None,
+    *arguments: str,
+    stdin: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Done:
+    """Run `doorward` to its end; `limit` is the size of the largest file it may write, in blocks of 512 bytes."""
+    home_variable = {} if home is None else {"DOORWARD_HOME": str(home)}
+    command: Sequence[str | Path] = [BIN / "doorward", *arguments]
+    if limit is not None:
+        command = ["sh", "-c", f'ulimit -f {limit} && exec "$@"', "sh", *command]
+    done = subprocess.run(
+        command,
+        env=clean_environment({**home_variable, "COLUMNS": "200", **(environment or {})}),
+        input=stdin,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return Done(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs `doorward` within this process, which is much quicker."""
+
+    def call(home: Path, *arguments: str, stdin: bytes = b"", environment: Mapping[str, str] | None = None) -> Done:
+        for name in [name for name in os.environ if name.startswith("DOORWARD_")]:
+            monkeypatch.delenv(name)
+        for name, value in {"DOORWARD_HOME": str(home), "COLUMNS": "200", **(environment or {})}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["doorward", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        mask = os.umask(0o022)
+        code: Any = 0
+        try:
+            run()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            os.umask(mask)
+        out, err = capfd.readouterr()
+        if isinstance(code, str):  # what Python does with it at the end of a process
+            code, err = 1, f"{err}{code}\n"
+        return Done(arguments, code, out, err)
+
+    return call
+
+
+def last_line(done: Done) -> Done:
+    """Without the lines that gRPC has put before it."""
+    return Done(done.args, done.returncode, done.stdout, done.stderr.splitlines(keepends=True)[-1])
+
+
+def assert_tells(done: Done, *parts: str) -> None:
+    """It ended with exit code 1 and one line on stderr that holds all of the parts."""
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.startswith("doorward: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("\n")
+    assert "Traceback" not in done.stderr
+    assert [part for part in parts if part not in done.stderr] == [], done.stderr
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home as `doorward init` makes it."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "doorward.toml").write_text("")
+    write_key(home, MasterKey.generate())
+    return home
+
+
+def write_key(home: Path, *keys: MasterKey) -> None:
+    path = home / "master.key"
+    path.write_text("".join(f"{key}\n" for key in keys))
+    path.chmod(0o600)
+
+
+def files(home: Path) -> dict[str, tuple[int, int, bytes]]:
+    """The files of a home: mode, time of the last change, content."""
+    return {
+        path.name: (stat.S_IMODE(path.stat().st_mode), path.stat().st_mtime_ns, path.read_bytes())
+        for path in home.iterdir()
+    }
+
+
+# init
+
+
+def test_init_makes_a_private_home_once(tmp_path: Path) -> None:
+    home = tmp_path / "deep" / "home"
+    first = doorward(home, "init", "--json")
+    assert (first.returncode, first.stderr) == (0, "")
+    key_id = KeyRing.read(home / "master.key").sealing_id
+    created = [home, home / "doorward.toml", home / "master.key"]
+    assert json.loads(first.stdout) == {"id": key_id, "home": str(home), "created": [str(path) for path in created]}
+    made = files(home)
+    assert {name: mode for name, (mode, _, _) in made.items()} == {"doorward.toml": 0o600, "master.key": 0o600}
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert str(KeyRing.read(home / "master.key").ids[0]) not in made["doorward.toml"][2].decode()
+
+    again = doorward(home, "init")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == f"nothing to do: {home} has all it needs\n"
+    assert files(home) == made
+
+
+def test_init_names_what_it_made(tmp_path: Path, here: Callable[..., Done]) -> None:
+    home = tmp_path / "home"
+    done = here(home, "init")
+    [*created, ready] = done.stdout.splitlines()
+    assert created == [f"created {path}" for path in (home, home / "doorward.toml", home / "master.key")]
+    assert ready == f"ready: {home} (master key {KeyRing.read(home / 'master.key').sealing_id})"
+
+
+@pytest.mark.parametrize("source", ["-", "file"])
+def test_init_copies_settings(tmp_path: Path, source: str, here: Callable[..., Done]) -> None:
+    home, text = tmp_path / "home", "# é\n[grpc]\nport = 50052\n".encode()
+    (tmp_path / "settings.toml").write_bytes(text)
+    name = "-" if source == "-" else str(tmp_path / "settings.toml")
+    done = here(home, "init", "--settings", name, stdin=text)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (home / "doorward.toml").read_bytes() == text
+    assert stat.S_IMODE((home / "doorward.toml").stat().st_mode) == 0o600
+
+
+def test_init_keeps_what_is_there(home: Path, here: Callable[..., Done]) -> None:
+    (home / "doorward.toml").write_text("# mine\n")
+    before = files(home)
+    done = here(home, "init", "--settings", "-", stdin=b"# other\n")
+    assert done.returncode == 0
+    assert files(home) == before
+
+
+def test_init_needs_no_key_file_when_the_environment_holds_the_key(tmp_path: Path, here: Callable[..., Done]) -> None:
+    key = MasterKey.generate()
+    done = here(tmp_path / "home", "init", "--json", environment={"DOORWARD_MASTER_KEY": str(key)})
+    assert json.loads(done.stdout)["id"] == key.id
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["doorward.toml"]
+
+
+def open_when_read(fifo: Path) -> int:
+    """The writing end of a FIFO, as soon as somebody reads it."""
+    ends: list[int] = []
+
+    def is_read() -> bool:
+        with contextlib.suppress(OSError):
+            ends.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(ends)
+
+    await_condition(is_read, f"a reader of {fifo}")
+    return ends[0]
+
+
+def test_racing_inits_agree_on_one_key(tmp_path: Path) -> None:
+    """All read their settings from FIFOs, so that all have found neither settings nor key."""
+    home = tmp_path / "home"
+    home.mkdir()
+    fifos = [tmp_path / f"fifo{number}" for number in range(4)]
+    with contextlib.ExitStack() as stack:
+        racers = []
+        for fifo in fifos:
+            os.mkfifo(fifo)
+            command: list[str | Path] = [BIN / "doorward", "--home", home, "init", "--json", "--settings", fifo]
+            pipe = subprocess.PIPE
+            racers.append(
+                stack.enter_context(
+                    subprocess.Popen(command, env=clean_environment({}), stdout=pipe, stderr=pipe, text=True)
+                )
+            )
+        for end in [open_when_read(fifo) for fifo in fifos]:
+            os.close(end)
+        outcomes = [racer.communicate(timeout=60) for racer in racers]
+    assert [(racer.returncode, errors) for racer, (_, errors) in zip(racers, outcomes, strict=True)] == [(0, "")] * 4
+    assert {json.loads(output)["id"] for output, _ in outcomes} == {KeyRing.read(home / "master.key").sealing_id}
+    assert sorted(path.name for path in home.iterdir()) == ["doorward.toml", "master.key"]
+
+
+@wrong("the settings file is written before it is read, and stays")
+def test_init_with_wrong_settings_can_be_repeated_with_right_ones(tmp_path: Path, here: Callable[..., Done]) -> None:
+    home = tmp_path / "home"
+    assert_tells(here(home, "init", "--settings", "-", stdin=b"[grpc]\nprot = 1\n"), "[grpc] prot")
+    assert here(home, "init", "--settings", "-", stdin=b"[grpc]\nport = 1\n").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        pytest.param("missing.toml", "missing.toml: No such file", id="missing"),
+        pytest.param(".", ".: Is a directory", id="directory"),
+        pytest.param("binary.toml", "binary.toml", id="binary", marks=wrong("a UnicodeDecodeError is not caught")),
+        pytest.param("-", "standard input", id="binary stdin", marks=wrong("a UnicodeDecodeError is not caught")),
+    ],
+)
+def test_init_with_settings_that_cannot_be_read(
+    tmp_path: Path, source: str, part: str, here: Callable[..., Done]
+) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    name = source if source == "-" else str(tmp_path / source)
+    expected = part if source in ("-", ".") else str(tmp_path / part)
+    done = here(tmp_path / "home", "init", "--settings", name, stdin=b"\xff\xfe")
+    assert_tells(done, expected.removeprefix("."))
+    assert [path.name for path in (tmp_path / "home").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [("file", "file: File exists"), ("file/home", "file/home: Not a directory")],
+    ids=["file", "below"],
+)
+def test_init_where_a_file_is(tmp_path: Path, place: str, part: str, here: Callable[..., Done]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert_tells(here(tmp_path / place, "init"), str(tmp_path / part))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# The whole tree of commands
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    """The words of every command."""
+    tree: list[tuple[tuple[str, ...], Any]] = [((), get_command(cli))]
+    while tree:
+        words, command = tree.pop()
+        if children := getattr(command, "commands", None):
+            tree += [((*words, name), child) for name, child in children.items()]
+        else:
+            yield words
+
+
+COMMANDS = sorted(commands())
+
+
+def test_the_commands() -> None:
+    assert {words[0] for words in COMMANDS} >= {"init", "serve", "migrate", "user", "session", "token"}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_json_and_an_example(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for option in ("--help", "-h"):
+        with pytest.raises(SystemExit) as end:
+            cli([*words, option], prog_name="doorward")
+        assert end.value.code == 0
+        shown = capsys.readouterr().out
+        assert "--json" in shown
+        assert "Example: " in shown
+        assert " ".join(("doorward", *words)) in shown.partition("Example: ")[2]
+
+
+def test_help_as_a_process() -> None:
+    done = doorward(None, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Settings: doorward.toml" in done.stdout
+
+
+def test_version() -> None:
+    done = doorward(None, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"doorward {version('doorward')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param((), id="no command"),
+        pytest.param(("nothing",), id="unknown command"),
+        pytest.param(("user",), id="half a command"),
+        pytest.param(("user", "create"), id="missing option"),
+        pytest.param(("user", "create", "--nam", "x", "--nope"), id="unknown option"),
+        pytest.param(("session", "revoke", "x"), id="not a number"),
+        pytest.param(("token", "create", "--role", "king"), id="unknown choice"),
+        pytest.param(("token", "create", "--role", "bot", "--days", "0"), id="out of range"),
+        pytest.param(("serve", "more"), id="too many arguments"),
+    ],
+)
+def test_wrong_usage_exits_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli(["--home", str(tmp_path), *words], prog_name="doorward")
+    shown = capsys.readouterr()
+    assert end.value.code == 2
+    assert (shown.out + shown.err).strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is printed
+
+
+def test_json_prints_one_value_and_errors_go_to_stderr(home: Path, here: Callable[..., Done]) -> None:
+    user = here(home, "user", "create", "--name", "Ada Lovelace", "--email", "ada@example.org", "--json")
+    assert user.stderr == ""
+    made = json.loads(user.stdout)
+    assert user.stdout.count("\n") == 1
+    assert {**made, "created": None} == {
+        "id": 1,
+        "slug": "ada-lovelace",
+        "name": "Ada Lovelace",
+        "email": "ada@example.org",
+        "created": None,
+    }
+    assert_tells(here(home, "user", "create", "--name", "ada lovelace", "--json"), "the same slug")
+    assert json.loads(here(home, "session", "list", "--json").stdout) == []
+
+
+def test_the_home_given_beats_the_environment(home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    done = doorward(other, "--home", str(home), "migrate", "--json")
+    assert json.loads(done.stdout) == {"applied": ["0001_initial"]}
+    assert (home / "doorward.db").is_file()
+    assert not other.exists()
+
+
+def test_migrate_once(home: Path, here: Callable[..., Done]) -> None:
+    assert here(home, "migrate").stdout == "applied 0001_initial\n"
+    assert here(home, "migrate").stdout == "the schema is up to date\n"
+    assert json.loads(here(home, "migrate", "--json").stdout) == {"applied": []}
+
+
+@wrong("a name with square brackets is taken for rich's markup")
+def test_any_token_name_can_be_listed(home: Path, here: Callable[..., Done]) -> None:
+    name = "[/b] [red]shop"
+    assert here(home, "token", "create", "--role", "bot", "--name", name).returncode == 0
+    done = here(home, "token", "list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert name in done.stdout
+
+
+@wrong("bytes that are no UTF-8 reach SQLite as surrogates")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("user", "create", "--name", "Ada", "--email", "\udcff@example.org"),
+        ("session", "create", "--user", "\udcff"),
+        ("token", "create", "--role", "bot", "--name", "\udcff"),
+    ],
+    ids=["email", "user", "token"],
+)
+def test_arguments_that_are_no_utf_8(home: Path, words: tuple[str, ...], here: Callable[..., Done]) -> None:
+    assert_tells(here(home, *words))
+
+
+# serve, when it cannot
+
+
+def test_serve_without_a_key(home: Path, here: Callable[..., Done]) -> None:
+    (home / "master.key").unlink()
+    assert_tells(here(home, "serve"), f"{home}/master.key", "DOORWARD_MASTER_KEY", "`doorward init`")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        pytest.param(b"hunter2\n", "not a master key", id="foreign"),
+        pytest.param(str(MasterKey(b"\1" * 32)).replace(":AQEB", ":AQEC").encode(), "damaged", id="damaged"),
+        pytest.param(b"\xff\xfe\x00", "not a master key", id="binary"),
+        pytest.param(b"", "holds no master key", id="empty"),
+    ],
+)
+def test_serve_with_a_corrupt_key(home: Path, content: bytes, part: str, here: Callable[..., Done]) -> None:
+    (home / "master.key").write_bytes(content)
+    done = here(home, "serve")
+    assert_tells(done, f"{home}/master.key", part, "backup")
+    assert "hunter2" not in done.stderr
+
+
+def test_serve_with_a_key_that_others_can_read(home: Path, here: Callable[..., Done]) -> None:
+    (home / "master.key").chmod(0o644)
+    assert_tells(here(home, "serve"), f"`chmod 600 {home}/master.key`")
+
+
+def test_serve_with_another_key_than_before(home: Path) -> None:
+    """The server writes down its key before it listens; that its port is taken ends it thereafter."""
+    used, other = KeyRing.read(home / "master.key").sealing_id, MasterKey.generate()
+    with taken_port() as environment:
+        assert_tells(last_line(doorward(home, "serve", environment=environment)), "the port is in use")
+        write_key(home, other)
+        refused = doorward(home, "serve", environment=environment)
+    assert_tells(refused, f"{home}/doorward.db", f"master key {used}", other.id, "backup", "key file")
+
+
+@contextlib.contextmanager
+def taken_port() -> Iterator[dict[str, str]]:
+    """The environment with a port that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield {"DOORWARD_GRPC_PORT": str(listener.getsockname()[1])}
+
+
+def test_serve_on_a_taken_port(home: Path) -> None:
+    with taken_port() as environment:
+        done = doorward(home, "serve", environment=environment)
+    port = environment["DOORWARD_GRPC_PORT"]
+    assert_tells(last_line(done), f"127.0.0.1:{port}", "in use", "DOORWARD_GRPC_PORT")
+    assert not list(home.glob("*.sock"))
+
+
+@wrong("gRPC's core prints a line of its own about the port before ours")
+def test_a_taken_port_is_one_clear_line(home: Path) -> None:
+    with taken_port() as environment:
+        assert_tells(doorward(home, "serve", environment=environment), "in use")
+
+
+def test_serve_on_a_taken_socket(home: Path) -> None:
+    path = home / "x.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        environment = {"DOORWARD_GRPC_PORT": str(free_port()), "DOORWARD_GRPC_SOCKET": str(path)}
+        done = doorward(home, "serve", environment=environment)
+    assert_tells(done, str(path), "another server", "DOORWARD_GRPC_SOCKET")
+    assert path.exists()
+
+
+def test_serve_on_a_socket_in_no_folder(home: Path) -> None:
+    environment = {"DOORWARD_GRPC_PORT": str(free_port()), "DOORWARD_GRPC_SOCKET": str(home / "no" / "x.sock")}
+    done = doorward(home, "serve", environment=environment)
+    assert_tells(last_line(done), f"{home}/no/x.sock", "DOORWARD_GRPC_SOCKET")
+
+
+def test_serve_with_wrong_settings(home: Path, here: Callable[..., Done]) -> None:
+    (home / "doorward.toml").write_text("[grpc]\nprot = 1\n")
+    assert_tells(here(home, "serve"), f"{home}/doorward.toml", "did you mean port?")
+
+
+# The database, when it cannot be used
+
+
+def newer_schema(home: Path) -> None:
+    with contextlib.closing(Database(home / "doorward.db", busy_timeout=5)) as database:
+        database.migrate()
+    with contextlib.closing(sqlite3.connect(home / "doorward.db")) as other:
+        other.execute("INSERT INTO schema_migration (name, applied) VALUES ('9999_future', '2099-01-01')")
+        other.commit()
+
+
+@pytest.mark.parametrize("words", [("serve",), ("migrate",), ("session", "list")], ids=" ".join)
+def test_a_newer_schema(home: Path, words: tuple[str, ...], here: Callable[..., Done]) -> None:
+    newer_schema(home)
+    assert_tells(here(home, *words), f"{home}/doorward.db", "9999_future", "upgrade Doorward", "backup")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        pytest.param("directory", ("unable to open", "Mend: ", "DOORWARD_DATABASE_URL"), id="directory"),
+        pytest.param("foreign", ("not a database", "Mend: ", "backup"), id="foreign file"),
+        pytest.param("no folder", ("unable to open", "Mend: ", "`doorward init`"), id="no folder"),
+    ],
+)
+@pytest.mark.parametrize("words", [("serve",), ("migrate",)], ids=" ".join)
+def test_a_database_that_cannot_be_opened(
+    home: Path, words: tuple[str, ...], kind: str, parts: tuple[str, ...], here: Callable[..., Done]
+) -> None:
+    path = home / "other.db"
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "foreign":
+            path.write_bytes(b"mine " * 1000)
+        case _:
+            path = home / "no" / "other.db"
+    environment = {"DOORWARD_DATABASE_URL": f"sqlite:///{path}"}
+    assert_tells(here(home, *words, environment=environment), str(path), *parts)
+
+
+# A full disk: files of a limited size are what comes nearest
+
+
+@pytest.mark.parametrize(
+    ("command", "limit"), [("migrate", 0), ("migrate", 1), ("migrate", 16), ("serve", 1), ("serve", 16)]
+)
+def test_a_full_disk_is_one_clear_line(home: Path, command: str, limit: int) -> None:
+    assert_tells(doorward(home, command, limit=limit), f"cannot use the database {home}/doorward.db")
+
+
+@wrong("of a failed commit sqlite3's `cannot rollback` is shown, and `disk I/O error` has no advice")
+@pytest.mark.parametrize("limit", [1, 16])
+def test_a_full_disk_is_told_with_the_mend(home: Path, limit: int) -> None:
+    assert_tells(doorward(home, "migrate", limit=limit), "disk", "Mend: ", "space")
+
+
+def test_init_on_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert_tells(doorward(home, "init", limit=0), "File too large")
+    assert list(home.iterdir()) == []
+
+
+@wrong("the error of a write has no file name")
+def test_init_on_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    assert_tells(doorward(tmp_path, "init", limit=0), f"{tmp_path}/doorward.toml")
+
+
+# An installation without the extra
+
+
+@pytest.mark.parametrize("module", ["typer", "peewee", "grpc_health"])
+def test_a_missing_extra_is_named(module: str, tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['doorward', 'init']; "
+        "from doorward_server.__main__ import main; main()"
+    )
+    environment = clean_environment({"DOORWARD_HOME": str(tmp_path)})
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert_tells(done, module, 'pip install "doorward[server]"')
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,471 @@
+"""Settings: what is accepted, which source wins, and what the operator is told about a wrong one."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from doorward_server import settings as settings_module
+from doorward_server.errors import OperatorError
+from doorward_server.settings import Settings
+
+# Stands wherever a value may be secret; no sentence may show it.
+SECRET = "hunter2sekret"
+KAI = f"""\
+kind = "kai"
+token_url = "https://flo.example/token"
+client_id = "doorward"
+client_secret = "{SECRET}"
+redirect_uri = "https://app.example/connected"
+"""
+FLO = f"[providers.flo]\n{KAI}"
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("DOORWARD_")]:
+        monkeypatch.delenv(name)
+
+
+def wrong(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def load(home: Path, text: str | bytes = "") -> Settings:
+    (home / "doorward.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return settings_module.load(home)
+
+
+def complaint(home: Path, text: str | bytes = "") -> str:
+    """What the operator is told of these settings."""
+    with pytest.raises(OperatorError) as failure:
+        load(home, text)
+    return str(failure.value)
+
+
+def assert_tells(sentence: str, *parts: str) -> None:
+    """The sentence is one line, holds all of the parts, and no secret."""
+    assert "\n" not in sentence
+    assert [part for part in parts if part not in sentence] == [], sentence
+    assert SECRET not in sentence
+
+
+def without(key: str, text: str = FLO) -> str:
+    """The settings without the line of a key."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{key} ="))
+
+
+def with_line(line: str) -> str:
+    """The provider with one line replaced."""
+    return without(line.partition(" =")[0]) + line + "\n"
+
+
+# What is accepted
+
+
+def test_nothing_is_required(tmp_path: Path) -> None:
+    settings = settings_module.load(tmp_path)
+    assert settings.home == tmp_path
+    assert settings.database_url == f"sqlite:///{tmp_path}/doorward.db"
+    assert settings.socket == tmp_path / "doorward-50051.sock"
+    assert settings.key_file == tmp_path / "master.key"
+    assert settings.origins == {"http://127.0.0.1:8080"}
+    assert settings.providers == {}
+
+
+def test_a_provider(tmp_path: Path) -> None:
+    provider = load(tmp_path, FLO).providers["flo"]
+    assert (provider.id, provider.kind, provider.secret) == ("flo", "kai", SECRET)
+    assert SECRET not in repr(provider)
+    assert (provider.token_auth, provider.token_method, provider.timeout) == ("client_secret_post", "post", 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("# nothing\n", id="comment"),
+        pytest.param("[callbacks]\nurl = 'https://app.example'\n[callbacks.x]\ny = 1\n", id="callbacks"),
+        pytest.param("[limits]\ncalls = 5\n", id="limits"),
+        pytest.param("[gateway]\nanything = 'the launcher reads it'\n", id="the gateway's own"),
+        pytest.param("[providers.login]\nkind = 'identity'\nlookup_url = 'https://l.example'\n", id="identity"),
+        pytest.param("[providers.a-b_c9]\nkind = 'identity'\nlookup_url = 'https://l.example'\n", id="id"),
+        pytest.param(FLO.replace("\n", "\r\n"), id="CRLF"),
+        pytest.param(without("client_secret") + "token_auth = 'none'\n", id="public client"),
+        pytest.param(FLO + "timeout = 9.9\n", id="longest timeout"),
+        pytest.param(FLO + "timeout = 14\n[refresh]\nlease = 15\n", id="longer lease"),
+        pytest.param("[grpc]\nport = 65535\n", id="largest port"),
+        pytest.param("public_url = 'https://doorward.example/'\n", id="public URL"),
+    ],
+)
+def test_accepted(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, text).home == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "secret"),
+    [
+        pytest.param(b"s3cret\n", "s3cret", id="line feed"),
+        pytest.param(b"s3cret", "s3cret", id="no line feed"),
+        pytest.param(b"s3cret\r\n", "s3cret", id="CRLF"),
+        pytest.param(b" s3cret \n", " s3cret ", id="blanks are part of it"),
+        pytest.param("ключ\n".encode(), "ключ", id="not ASCII"),
+    ],
+)
+@pytest.mark.parametrize("name", ["flo.secret", "{home}/flo.secret"], ids=["relative", "absolute"])
+def test_a_secret_in_a_file(tmp_path: Path, content: bytes, secret: str, name: str) -> None:
+    (tmp_path / "flo.secret").write_bytes(content)
+    line = f'client_secret_file = "{name.format(home=tmp_path)}"\n'
+    assert load(tmp_path, without("client_secret") + line).providers["flo"].secret == secret
+
+
+def test_a_secret_file_is_relative_to_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "etc"
+    folder.mkdir()
+    (folder / "flo.secret").write_text("s3cret\n")
+    (folder / "x.toml").write_text(without("client_secret") + 'client_secret_file = "flo.secret"\n')
+    monkeypatch.setenv("DOORWARD_CONFIG", str(folder / "x.toml"))
+    assert settings_module.load(tmp_path).providers["flo"].secret == "s3cret"
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("variables", "read", "value"),
+    [
+        pytest.param({"DOORWARD_GRPC_PORT": "6000"}, lambda s: s.grpc.port, 6000, id="wins over the file"),
+        pytest.param({"DOORWARD_GRPC_PORT": ""}, lambda s: s.grpc.port, 5000, id="empty is unset"),
+        pytest.param({}, lambda s: s.grpc.port, 5000, id="the file alone"),
+        pytest.param({"DOORWARD_GRPC_HOST": "::1"}, lambda s: (s.grpc.host, s.grpc.port), ("::1", 5000), id="merged"),
+        pytest.param({"DOORWARD_GRPC_REFLECTION": "true"}, lambda s: s.grpc.reflection, True, id="true"),
+        pytest.param({"DOORWARD_GRPC_REFLECTION": "0"}, lambda s: s.grpc.reflection, False, id="0"),
+        pytest.param({"DOORWARD_DATABASE_BUSY_TIMEOUT": "1.5"}, lambda s: s.database.busy_timeout, 1.5, id="two words"),
+        pytest.param(
+            {"DOORWARD_OUTBOUND_ALLOW": "127.0.0.1:1, [::1]:2,"},
+            lambda s: s.outbound.allow,
+            ("127.0.0.1:1", "[::1]:2"),
+            id="list",
+        ),
+        pytest.param(
+            {"DOORWARD_ALLOWED_ORIGINS": "https://a.example,https://B.example/"},
+            lambda s: s.origins,
+            {"http://127.0.0.1:8080", "https://a.example", "https://b.example"},
+            id="list without a section",
+        ),
+        pytest.param({"DOORWARD_MASTER_KEY_FILE": "/k"}, lambda s: s.key_file, Path("/k"), id="key file"),
+        pytest.param({"DOORWARD_GATEWAY_ANYTHING": "1"}, lambda s: s.gateway.port, 8080, id="the launcher's"),
+        pytest.param({"DOORWARD_BOT_TOKEN": "1"}, lambda s: s.gateway.port, 8080, id="the bot's"),
+        pytest.param({"DOORWARD_LIMITS_CALLS": "1"}, lambda s: s.gateway.port, 8080, id="limits"),
+        pytest.param({"DOORWARD_CALLBACKS_URL": "x"}, lambda s: s.gateway.port, 8080, id="callbacks"),
+        pytest.param(
+            {"DOORWARD_JOBS_SCHEDULE": "5,30"},
+            lambda s: s.jobs.schedule,
+            (5, 30),
+            id="list of numbers",
+            marks=wrong("[jobs] schedule is read as JSON from the environment, the other lists by comma"),
+        ),
+    ],
+)
+def test_the_environment(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: Mapping[str, str],
+    read: Callable[[Settings], object],
+    value: object,
+) -> None:
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert read(load(tmp_path, "[grpc]\nport = 5000\n")) == value
+
+
+def test_the_home_given_wins_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOORWARD_HOME", str(tmp_path / "other"))
+    assert settings_module.load(tmp_path).home == tmp_path
+    assert settings_module.load().home == tmp_path / "other"
+
+
+def test_a_relative_home_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_module.load(Path("x")).home == tmp_path / "x"
+    assert settings_module.places(Path("x")) == (tmp_path / "x", tmp_path / "x" / "doorward.toml")
+
+
+def test_the_secret_of_a_setting_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOORWARD_MASTER_KEY", SECRET)
+    assert SECRET not in repr(load(tmp_path, FLO))
+
+
+# What is refused: text of the file, and what the sentence has to say
+
+_REQUIRED = ("token_url", "client_id", "client_secret", "redirect_uri")
+_LONG = "/tmp/" + "x" * 103
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        # Names
+        pytest.param("[grpc]\nprot = 1\n", ("[grpc] prot", "did you mean port?", "remove it"), id="unknown key"),
+        pytest.param("[grpc]\nzzz = 1\n", ("[grpc] zzz", "is not a setting", "remove it"), id="unlike any key"),
+        pytest.param("[grcp]\nport = 1\n", ("grcp", "did you mean grpc?", "remove it"), id="unknown section"),
+        pytest.param("publc_url = 'x'\n", ("publc_url", "did you mean public_url?"), id="unknown key without section"),
+        pytest.param(
+            FLO + "tokenurl = 'x'\n", ("[providers.flo] tokenurl", "did you mean token_url?"), id="provider's key"
+        ),
+        pytest.param(
+            FLO + f"client_secrett = '{SECRET}'\n",
+            ("[providers.flo] client_secrett", "did you mean client_secret?"),
+            id="misspelled secret",
+        ),
+        pytest.param(
+            "home = '/x'\n",
+            ("home", "DOORWARD_HOME"),
+            id="home in the file",
+            marks=wrong("a home in the file is read and ignored without a word"),
+        ),
+        # Types and ranges
+        pytest.param("[grpc]\nport = 'http'\n", ("[grpc] port", "DOORWARD_GRPC_PORT", "integer"), id="port: text"),
+        pytest.param("[grpc]\nport = 1.5\n", ("[grpc] port", "DOORWARD_GRPC_PORT", "integer"), id="port: fraction"),
+        pytest.param("[grpc]\nport = [1]\n", ("[grpc] port", "DOORWARD_GRPC_PORT", "integer"), id="port: list"),
+        pytest.param("[grpc]\nport = 0\n", ("[grpc] port", "equal to 1"), id="port 0"),
+        pytest.param("[grpc]\nport = -1\n", ("[grpc] port", "equal to 1"), id="negative port"),
+        pytest.param("[grpc]\nport = 65536\n", ("[grpc] port", "equal to 65535"), id="large port"),
+        pytest.param("[gateway]\nport = 65536\n", ("[gateway] port", "equal to 65535"), id="gateway's port"),
+        pytest.param(
+            "[grpc]\nport = true\n",
+            ("[grpc] port", "integer"),
+            id="port: true",
+            marks=wrong("true is taken for port 1"),
+        ),
+        pytest.param("[grpc]\nthreads = 1\n", ("[grpc] threads", "equal to 2"), id="one thread"),
+        pytest.param("[log]\nlevel = 'loud'\n", ("[log] level", "'debug'", "'error'"), id="choice"),
+        pytest.param("[refresh]\nlease = 0\n", ("[refresh] lease", "greater than 0"), id="no lease"),
+        pytest.param("[refresh]\nlease = nan\n", ("[refresh] lease", "greater than 0"), id="lease: nan"),
+        pytest.param(
+            "[refresh]\nlease = inf\n",
+            ("[refresh] lease", "finite"),
+            id="lease: inf",
+            marks=wrong("infinity passes, and ends in an OverflowError where it becomes a timedelta"),
+        ),
+        pytest.param(
+            "[sessions]\nlifetime = 1e300\n",
+            ("[sessions] lifetime", "less than"),
+            id="lifetime beyond all time",
+            marks=wrong("it passes, and ends in an OverflowError where it becomes a timedelta"),
+        ),
+        pytest.param("[jobs]\nschedule = [5, -1]\n", ("schedule", "greater than 0"), id="schedule"),
+        pytest.param("[outbound]\nallow = [5]\n", ("outbound", "allow", "string"), id="list of numbers"),
+        pytest.param("grpc = 5\n", ("grpc",), id="section: number"),
+        pytest.param(f"[providers]\nflo = '{SECRET}'\n", ("[providers.flo]",), id="provider: text"),
+        pytest.param("[grpc]\ndrain_wait = 2\ndrain_grace = 2.5\n", ("drain_wait", "drain_grace", "4 s"), id="drain"),
+        pytest.param(
+            f"[database]\nurl = 'postgres://ada:{SECRET}@db/x'\n", ("[database] url", "sqlite:///"), id="database"
+        ),
+        pytest.param(
+            "[database]\nurl = 'sqlite:///doorward.db'\n",
+            ("[database] url", "absolute"),
+            id="relative database",
+            marks=wrong("a relative path passes, and means another file in each working directory"),
+        ),
+        pytest.param(
+            "[database]\nurl = 'sqlite:///:memory:'\n",
+            ("[database] url", "absolute"),
+            id="database in memory",
+            marks=wrong("a database that every thread has to itself passes"),
+        ),
+        pytest.param(f"[grpc]\nsocket = '{_LONG}'\n", (_LONG, "107", "[grpc] socket", "shorter"), id="long socket"),
+        # Providers
+        *(pytest.param(without(key), ("[providers.flo]", f"needs {key}:", "add"), id=f"no {key}") for key in _REQUIRED),
+        pytest.param("[providers.flo]\nkind = 'kai'\n", ("[providers.flo]", *_REQUIRED), id="nothing but a kind"),
+        pytest.param("[providers.x]\nkind = 'identity'\n", ("[providers.x]", "needs lookup_url:"), id="no lookup_url"),
+        pytest.param(without("kind"), ("[providers.flo] kind", "is missing: add it"), id="no kind"),
+        pytest.param(with_line("kind = 'kay'"), ("[providers.flo] kind", "'kai' or 'identity'"), id="unknown kind"),
+        pytest.param(
+            FLO.replace("flo]", "goo]"), ("[providers.goo]", "flo, min and eag", "identity"), id="kai, foreign id"
+        ),
+        pytest.param(FLO.replace("flo]", "Flo]"), ("[providers.Flo]", "a-z, 0-9, `-` and `_`"), id="capital in id"),
+        pytest.param(
+            FLO + "client_secret_file = 'x'\n",
+            ("[providers.flo]", "client_secret", "client_secret_file", "keep one"),
+            id="two secrets",
+        ),
+        pytest.param(
+            without("client_secret") + "client_secret = 5\n", ("[providers.flo] client_secret",), id="secret: 5"
+        ),
+        pytest.param(
+            without("client_secret") + "client_secret = ''\n",
+            ("[providers.flo]", "client_secret"),
+            id="empty secret",
+            marks=wrong("an empty secret passes for one"),
+        ),
+        pytest.param(FLO + "timeout = 0\n", ("[providers.flo] timeout", "greater than 0"), id="no timeout"),
+        pytest.param(FLO + "timeout = 61\n", ("[providers.flo] timeout", "equal to 60"), id="long timeout"),
+        pytest.param(
+            FLO + "timeout = 10\n", ("[providers.flo] timeout (10 s)", "[refresh] lease (10 s)", "lower"), id="lease"
+        ),
+        pytest.param(
+            FLO + "timeout = 15\n[refresh]\nlease = 20\n",
+            ("[providers.flo] timeout (15 s)", "[gateway] timeout (15 s)", "raise"),
+            id="gateway's timeout",
+        ),
+        pytest.param(
+            FLO + "timeout = 5\n[jobs]\nlease = 4\n",
+            ("[providers.flo] timeout (5 s)", "[jobs] lease (4 s)", "lower"),
+            id="lease of jobs",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_mend(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    assert_tells(complaint(tmp_path, text), str(tmp_path / "doorward.toml"), *parts)
+
+
+_URLS = ("authorize_url", "token_url", "revocation_url", "redirect_uri", "public_url")
+_BAD_URLS = {
+    "no scheme": ("flo.example/token", "absolute http or https URL"),
+    "other scheme": ("ftp://flo.example/", "absolute http or https URL"),
+    "script": ("javascript:alert(1)", "absolute http or https URL"),
+    "no host": ("https:///token", "absolute http or https URL"),
+    "port 0": ("https://flo.example:0/", "absolute http or https URL"),
+    "large port": ("https://flo.example:65536/", "absolute http or https URL"),
+    "open bracket": ("https://[::1/", "absolute http or https URL"),
+    "user": (f"https://ada:{SECRET}@flo.example/", "user information"),
+    "fragment": (f"https://flo.example/#{SECRET}", "fragment"),
+    "empty": ("", "absolute http or https URL"),
+}
+
+
+@pytest.mark.parametrize("key", _URLS)
+@pytest.mark.parametrize(("url", "part"), _BAD_URLS.values(), ids=_BAD_URLS)
+def test_a_bad_url_is_named_with_the_mend(tmp_path: Path, key: str, url: str, part: str) -> None:
+    if key == "public_url":
+        assert_tells(complaint(tmp_path, f"public_url = '{url}'\n"), "public_url (or DOORWARD_PUBLIC_URL)", part)
+    else:
+        assert_tells(complaint(tmp_path, with_line(f"{key} = '{url}'")), f"[providers.flo] {key}", part)
+
+
+@wrong("a URL that cannot be asked passes, and fails at the first call")
+@pytest.mark.parametrize(
+    "url", ["https://a b/", "https://a..b/", "https://xn--a/", "https://flo.example/\t", "https://0177.0.0.1/"]
+)
+def test_a_url_that_nothing_can_be_asked_at_is_refused(tmp_path: Path, url: str) -> None:
+    assert_tells(
+        complaint(tmp_path, with_line(f'token_url = "{url}"'.replace("\t", "\\t"))), "[providers.flo] token_url"
+    )
+
+
+def test_every_wrong_setting_is_told_on_a_line_of_its_own(tmp_path: Path) -> None:
+    lines = complaint(tmp_path, f"[grpc]\nport = 0\nprot = 1\n[log]\nlevel = '{SECRET}'\n").splitlines()
+    assert [line.split(": ")[1] for line in sorted(lines)] == [
+        "[grpc] port (or DOORWARD_GRPC_PORT)",
+        "[grpc] prot",
+        "[log] level (or DOORWARD_LOG_LEVEL)",
+    ]
+    assert SECRET not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        pytest.param(
+            {"DOORWARD_GRPC_PRT": SECRET},
+            ("DOORWARD_GRPC_PRT", "did you mean DOORWARD_GRPC_PORT?", "unset it"),
+            id="misspelled",
+        ),
+        pytest.param({"DOORWARD_ZZZ": SECRET}, ("DOORWARD_ZZZ", "is not a setting", "unset it"), id="unlike any"),
+        pytest.param({"DOORWARD_GRPC": SECRET}, ("DOORWARD_GRPC ", "unset it"), id="a section"),
+        pytest.param({"DOORWARD_": SECRET}, ("DOORWARD_ ", "unset it"), id="nothing but the prefix"),
+        pytest.param({"DOORWARD_GRPC_PORT": SECRET}, ("DOORWARD_GRPC_PORT", "[grpc] port", "integer"), id="port: text"),
+        pytest.param({"DOORWARD_GRPC_PORT": "65536"}, ("DOORWARD_GRPC_PORT", "equal to 65535"), id="large port"),
+        pytest.param({"DOORWARD_GRPC_REFLECTION": SECRET}, ("DOORWARD_GRPC_REFLECTION", "boolean"), id="switch"),
+        pytest.param({"DOORWARD_LOG_LEVEL": SECRET}, ("DOORWARD_LOG_LEVEL", "'debug'"), id="choice"),
+        pytest.param({"DOORWARD_DATABASE_URL": SECRET}, ("[database] url", "sqlite:///"), id="database"),
+        pytest.param(
+            {"DOORWARD_PUBLIC_URL": f"https://ada:{SECRET}@x/"}, ("DOORWARD_PUBLIC_URL", "user information"), id="URL"
+        ),
+        pytest.param({"DOORWARD_LIMITS": SECRET}, ("limits",), id="limits"),
+        pytest.param(
+            {"DOORWARD_JOBS_SCHEDULE": SECRET},
+            ("DOORWARD_JOBS_SCHEDULE",),
+            id="schedule",
+            marks=wrong("the sentence names the field jobs and pydantic's source, not the variable"),
+        ),
+        pytest.param(
+            {"DOORWARD_PROVIDERS_FLO_CLIENT_SECRET": SECRET},
+            ("DOORWARD_PROVIDERS_FLO_CLIENT_SECRET",),
+            id="provider's secret",
+            marks=wrong("the sentence blames the file for a section [providers.flo_client_secret]"),
+        ),
+    ],
+)
+def test_a_wrong_variable_is_named_with_the_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parts: tuple[str, ...]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert_tells(complaint(tmp_path), *parts)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(f"client_secret = {SECRET}\n".encode(), id="no quotes"),
+        pytest.param(f"[grpc\nx = '{SECRET}'\n".encode(), id="open bracket"),
+        pytest.param(f"x = '{SECRET}\n".encode(), id="open quote"),
+        pytest.param(b"[grpc]\n[grpc]\n", id="twice"),
+        pytest.param(b"\xff\xfe\x00\x01" * 100, id="binary"),
+        pytest.param(b"\x00", id="NUL"),
+    ],
+)
+def test_what_is_no_toml_is_named(tmp_path: Path, text: bytes) -> None:
+    assert_tells(complaint(tmp_path, text), f"{tmp_path}/doorward.toml is not valid TOML: ")
+
+
+@wrong("a directory in the file's place is taken for no file at all")
+def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "doorward.toml").mkdir()
+    with pytest.raises(OperatorError) as failure:
+        settings_module.load(tmp_path)
+    assert_tells(str(failure.value), f"{tmp_path}/doorward.toml", "directory")
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory"])
+def test_a_config_that_is_no_file_is_named_with_the_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config = tmp_path / "x.toml"
+    if kind == "directory":
+        config.mkdir()
+    monkeypatch.setenv("DOORWARD_CONFIG", str(config))
+    assert_tells(complaint(tmp_path), str(config), "DOORWARD_CONFIG", "`doorward init`")
+
+
+def test_an_empty_config_variable_is_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOORWARD_CONFIG", "")
+    assert load(tmp_path, "[grpc]\nport = 5000\n").grpc.port == 5000
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        pytest.param("missing", "No such file", id="missing"),
+        pytest.param("directory", "Is a directory", id="directory"),
+        pytest.param("binary", "it is not text", id="binary"),
+        pytest.param("empty", "empty", id="empty", marks=wrong("an empty secret passes for one")),
+    ],
+)
+def test_a_secret_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str, part: str) -> None:
+    path = tmp_path / "flo.secret"
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "binary":
+            path.write_bytes(b"\xff\xfe" + SECRET.encode())
+        case "empty":
+            path.touch()
+    sentence = complaint(tmp_path, without("client_secret") + "client_secret_file = 'flo.secret'\n")
+    assert_tells(sentence, "[providers.flo] client_secret_file", str(path), part)
