@@ -1,10 +1,13 @@
 """The command line of `doorward`. Imports `app` and the domain."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -13,12 +16,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from doorward_server import settings as settings_module
 from doorward_server.app import App, Server
 from doorward_server.crypto import MasterKey
 from doorward_server.database import open_database
-from doorward_server.errors import DoorwardError
+from doorward_server.errors import DoorwardError, OperatorError
 from doorward_server.models import ServiceToken, Session, User
 from doorward_server.service_tokens import Role
 
@@ -43,6 +47,8 @@ cli.add_typer(token_cli, name="token")
 def run() -> None:
     """The console script: errors are one line on stderr, exit code 1."""
     os.umask(0o077)  # whatever Doorward creates is its owner's alone
+    if not all(map(_is_text, sys.argv)):
+        sys.exit("doorward: an argument is not UTF-8")
     try:
         cli(prog_name="doorward")
     except DoorwardError as error:
@@ -50,6 +56,10 @@ def run() -> None:
         sys.exit(f"doorward: {error}{cause}")
     except OSError as error:
         sys.exit(f"doorward: {error.filename or ''}: {error.strerror or error}".replace(": : ", ": "))
+
+
+def _is_text(argument: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,11 +99,13 @@ def init(
     """Make what is missing: the home, the settings file, the master key. Changes nothing that exists."""
     home, config = settings_module.places(ctx.obj)
     created = []
-    if not home.is_dir():
-        home.mkdir(mode=0o700, parents=True)
+    if not home.exists():
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         created.append(home)
+    if not home.is_dir():
+        raise OperatorError(f"the home {home} is a file: set DOORWARD_HOME or --home to a folder")
     if not config.exists():
-        _create(config, _starter_settings(settings))
+        _create(config, _starter_settings(settings), check=partial(settings_module.load, ctx.obj))
         created.append(config)
     app = App(settings_module.load(ctx.obj))
     key_file = app.settings.key_file
@@ -296,7 +308,7 @@ def _print_list(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_js
         return
     table = Table(*(column.replace("_", " ") for column in columns))
     for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(*(Text(_cell(row[column])) for column in columns))
     Console().print(table)
 
 
@@ -312,17 +324,31 @@ def _cell(value: Any) -> str:
 def _starter_settings(source: Path | None) -> str:
     if source is None:
         return (files("doorward_server") / "starter.toml").read_text()
-    return sys.stdin.read() if str(source) == "-" else source.read_text()
-
-
-def _create(path: Path, text: str) -> None:
-    """Write a file of mode 0600 that is whole from the first moment; one that exists stays as it is."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(text)
-        draft.chmod(0o600)
-        os.link(draft, path)
-    except FileExistsError:
-        return
+        return sys.stdin.read() if str(source) == "-" else source.read_text()
+    except OSError as error:
+        raise OperatorError(f"--settings: cannot read {source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OperatorError(f"--settings: {source} is not a text file") from None
+
+
+def _create(path: Path, text: str, check: Callable[[Path], object] = lambda _: None) -> None:
+    """Write a file of mode 0600 that is whole and checked from the first moment; one that exists stays as it is."""
+    try:
+        # Its name is unlike any other process's, on whatever machine.
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OperatorError(f"cannot write {path}: {error.strerror}. Make its folder, and make it writable") from None
+    draft = Path(name)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        check(draft)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    except OSError as error:
+        raise OperatorError(f"cannot write {path}: {error.strerror}") from None
+    except OperatorError as error:
+        raise OperatorError(str(error).replace(name, str(path))) from None
     finally:
         draft.unlink(missing_ok=True)

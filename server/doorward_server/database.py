@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,26 +114,39 @@ class Database:
     def _operators_view(self) -> Iterator[None]:
         try:
             yield
-        except (StorageUnavailable, peewee.DatabaseError) as failure:
-            reason = failure.__cause__ or failure
-            raise OperatorError(f"cannot use the database {self.path}: {reason}{_advice(str(reason))}") from None
+        except (StorageUnavailable, peewee.DatabaseError, sqlite3.Error) as failure:
+            reason = str(_root(failure))
+            raise OperatorError(f"cannot use the database {self.path}: {reason}{_advice(reason)}") from None
+
+    def prepare(self) -> None:
+        """Switch the file to WAL, which it then stays in. SQLite does not wait for other processes to do that."""
+        deadline = time.monotonic() + self._busy_timeout
+        with self._operators_view(), contextlib.closing(sqlite3.connect(self.path)) as connection:
+            while True:
+                try:
+                    connection.execute("PRAGMA journal_mode = wal")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
+                else:
+                    return
+
+
+def _root(failure: BaseException) -> BaseException:
+    """What went wrong first: a rollback after a failure fails too."""
+    while (earlier := failure.__cause__ or failure.__context__) is not None:
+        failure = earlier
+    return failure
 
 
 def _advice(reason: str) -> str:
     for symptom, advice in (
-        (
-            "readonly",
-            "make the file and its folder writable, or set DOORWARD_DATABASE_URL to another place",
-        ),
-        (
-            "unable to open",
-            "make its folder (`doorward init` makes the home), or set DOORWARD_DATABASE_URL",
-        ),
+        ("readonly", "make the file and its folder writable, or set DOORWARD_DATABASE_URL to another place"),
+        ("unable to open", "make its folder (`doorward init` makes the home), or set DOORWARD_DATABASE_URL"),
         ("full", "free some disk space"),
-        (
-            "not a database",
-            "it is another program's file or damaged: restore a backup, or set DOORWARD_DATABASE_URL",
-        ),
+        ("disk I/O", "free some disk space, or look after the disk"),
+        ("not a database", "it is another program's file or damaged: restore a backup, or set DOORWARD_DATABASE_URL"),
         ("locked", "another program holds it: stop that one first"),
     ):
         if symptom in reason:
@@ -152,4 +167,6 @@ def storage_failures() -> Iterator[None]:
 
 def open_database(url: str, busy_timeout: float) -> Database:
     """The database at `sqlite:///path`."""
-    return Database(Path(url.removeprefix("sqlite:///")), busy_timeout)
+    database = Database(Path(url.removeprefix("sqlite:///")), busy_timeout)
+    database.prepare()
+    return database

@@ -5,6 +5,7 @@ logged by its type and the places it passed through, never by its text: a librar
 URL or a parameter into it.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -33,15 +34,18 @@ class _Lines:
         self._descriptor = descriptor
 
     def msg(self, line: str) -> None:
-        os.write(self._descriptor, f"{line}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk or a reader that is gone must not fail a call
+            os.write(self._descriptor, f"{line}\n".encode())
 
     debug = info = warning = error = msg
 
 
 def make_log(level: Level) -> Log:
     """A logger that writes lines of `level` and above to stderr."""
+    # Without a stderr its number may by now be some other file's, such as the database's.
+    descriptor = sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY)
     log = structlog.wrap_logger(
-        _Lines(sys.stderr.fileno()),
+        _Lines(descriptor),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LookupTimeout
 from contextvars import ContextVar
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
 _COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, section 2.5.5.1
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the part of it that IANA has given out
+_DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")  # RFC 9637, which older Pythons do not know
 
 
 class NotConnectable(ProviderUnavailable):
@@ -74,6 +77,8 @@ def is_public(address: IpAddress) -> bool:
             return False
         if (embedded := _embedded(address)) is not None:
             return is_public(embedded)
+        if address not in _GLOBAL_UNICAST or address in _DOCUMENTATION:
+            return False
     return address.is_global and not address.is_multicast
 
 
@@ -91,6 +96,8 @@ def parse_allowed(entries: Iterable[str], setting: str) -> frozenset[tuple[IpAdd
     for entry in entries:
         host, _, port = entry.rpartition(":")
         try:
+            if not port.isdecimal() or not 0 < int(port) < 65536:  # noqa: PLR2004
+                raise ValueError(port)
             allowed.add((ipaddress.ip_address(host.strip("[]")), int(port)))
         except ValueError:
             raise OperatorError(
@@ -202,6 +209,7 @@ class Bulkhead:
         self._per_provider = per_provider
         self._total = threads - max(1, threads // 8)
         self._lock = threading.Lock()
+        self._held = 0
         self._taken: Counter[str] = Counter()
 
     @contextlib.contextmanager
@@ -219,15 +227,16 @@ class Bulkhead:
     @contextlib.contextmanager
     def _slot(self, *names: str) -> Iterator[None]:
         with self._lock:
-            if self._taken.total() >= self._total or any(
-                self._taken[name] >= self._limits.get(name, self._per_provider) for name in names
-            ):
+            full = any(self._taken[name] >= self._limits.get(name, self._per_provider) for name in names)
+            if full or self._held >= self._total:
                 raise Busy
+            self._held += 1
             self._taken.update(names)
         try:
             yield
         finally:
             with self._lock:
+                self._held -= 1
                 self._taken.subtract(names)
 
 
@@ -266,6 +275,8 @@ class Outbound:
                 "accept-encoding": "identity",
             },
         )
+        # What one user's request was told to keep must not travel with another's.
+        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
 
     def request(
         self,
@@ -280,8 +291,8 @@ class Outbound:
     ) -> Answer:
         """Send one request and read its whole answer, whatever its status.
 
-        Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable, ProviderTimeout, or
-        ProviderMalformed (not HTTP, or an answer that is too large).
+        Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable (not HTTP, too), ProviderTimeout,
+        or ProviderMalformed (an answer that is too large or does not decode).
         """
         token = _deadline.set(time.monotonic() + timeouts.total)
         timeout = httpx.Timeout(timeouts.read, connect=timeouts.connect)
@@ -324,7 +335,7 @@ def _failures() -> Iterator[None]:
         raise ConnectTimeout from error
     except httpx.TimeoutException as error:
         raise ProviderTimeout from error
-    except (httpx.ConnectError, httpx.InvalidURL) as error:
+    except (httpx.ConnectError, httpx.InvalidURL, UnicodeError) as error:
         raise NotConnectable from error
     except httpx.TransportError as error:
         raise ProviderUnavailable from error
@@ -344,4 +355,6 @@ def _read(response: httpx.Response) -> bytes:
             raise ProviderMalformed from None
         if len(body) > MAX_ANSWER_BYTES:
             raise ProviderMalformed
+    if inflater is not None and body and not inflater.eof:
+        raise ProviderMalformed
     return bytes(body)

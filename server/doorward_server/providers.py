@@ -3,28 +3,40 @@
 Imports nothing of the project.
 """
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+import idna
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 KAI_TYPES = ("flo", "min", "eag")
+_NO_BLANKS = re.compile(r"[^\s\x00-\x1f\x7f]+")
+_DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
 _PROVIDER_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 def _http_url(url: str) -> str:
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        good = parts.scheme in ("http", "https") and _is_host(parts.hostname or "") and parts.port != 0
     except ValueError:
         good = False
-    if not good:
+    if not good or not _NO_BLANKS.fullmatch(url):
         raise ValueError("it has to be an absolute http or https URL")
     if "@" in parts.netloc or parts.fragment:
         raise ValueError("it must not hold user information or a fragment")
     return url
+
+
+def _is_host(host: str) -> bool:
+    """Whether requests can be made to a host: an address in its usual form, or a name of whole labels."""
+    if ":" in host or _DIGITS_AND_DOTS.fullmatch(host):
+        ipaddress.ip_address(host.partition("%")[0])
+        return True
+    return bool(idna.encode(host, uts46=True))
 
 
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
@@ -45,7 +57,7 @@ class Provider(BaseModel):
     lookup_url: str | None = None
     lookup_id_property: str = "id"
     client_id: str | None = None
-    client_secret: SecretStr | None = None
+    client_secret: SecretStr | None = Field(None, min_length=1)
     # A file that holds the secret, relative to the settings file.
     client_secret_file: Path | None = None
     # How the token endpoint knows us (RFC 6749, section 2.3.1).
@@ -62,11 +74,11 @@ class Provider(BaseModel):
     @model_validator(mode="after")
     def _is_complete(self) -> "Provider":
         if not _PROVIDER_ID.fullmatch(self.id):
-            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`")
+            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`: rename the section")
         if self.client_secret is not None and self.client_secret_file is not None:
             raise ValueError("client_secret and client_secret_file contradict each other: keep one")
         if missing := [name for name in self._required() if getattr(self, name) is None]:
-            raise ValueError(f'kind = "{self.kind}" needs {" and ".join(missing)}: add what is missing')
+            raise ValueError(f'kind = "{self.kind}" needs {", ".join(missing)}: add what is missing')
         if self.kind == "kai" and self.id not in KAI_TYPES:
             raise ValueError(
                 'kind = "kai" is for the ids flo, min and eag: rename the section or set kind = "identity"'

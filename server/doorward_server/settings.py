@@ -34,12 +34,21 @@ from doorward_server.providers import HttpUrl, Provider
 PREFIX = "DOORWARD_"
 # Variables that are not judged by name: other programs' (the launcher, the bot, the stand-ins of
 # `make up`) and those whose names the operator chooses.
-_OPEN = tuple(f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "PROVIDERS", "LIMITS", "CALLBACKS"))
+_OPEN = tuple(f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "LIMITS", "CALLBACKS"))
 # The longest path that a Unix socket's address holds (sun_path, less its final NUL).
 _SOCKET_PATH_BYTES = 107
 
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0)]
+_TEN_YEARS = 10 * 365 * 86400.0
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("it has to be a number")  # noqa: TRY004 - what pydantic expects
+    return value
+
+
+Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS, allow_inf_nan=False)]
 
 
 def _split(value: object) -> object:
@@ -55,7 +64,7 @@ class Section(BaseModel):
 
 
 class DatabaseSection(Section):
-    # sqlite:///absolute/path; unset: doorward.db in the home.
+    # `sqlite:///` and an absolute path; unset: doorward.db in the home.
     url: str | None = None
     # How long a write waits for another process's, in seconds.
     busy_timeout: Seconds = 5.0
@@ -121,7 +130,15 @@ class SessionsSection(Section):
 
 class JobsSection(Section):
     # Seconds between attempts; after the last one the job is abandoned.
-    schedule: tuple[Seconds, ...] = (5, 30, 120, 600, 3600, 6 * 3600, 24 * 3600)
+    schedule: Annotated[tuple[Seconds, ...], NoDecode, BeforeValidator(_split)] = (
+        5,
+        30,
+        120,
+        600,
+        3600,
+        6 * 3600,
+        24 * 3600,
+    )
     # A claimed job belongs to its worker for so long; longer than any provider's timeout.
     lease: Seconds = 60.0
     # Seconds between looks for jobs that another process has queued.
@@ -173,7 +190,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         config: Path = init_settings()["config"]
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+        file = TomlConfigSettingsSource(settings_cls, config)
+        for name in ("home", "config"):
+            if name in file.toml_data:
+                raise OperatorError(
+                    f"{config}: {name} cannot be set in the file: remove it, and set {PREFIX}{name.upper()}"
+                )
+        return init_settings, env_settings, file
 
     @model_validator(mode="before")
     @classmethod
@@ -201,8 +224,11 @@ class Settings(BaseSettings):
                     )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
-        if not self.database_url.startswith("sqlite:///"):
-            raise ValueError("[database] url has to begin with sqlite:///")
+        if not self.database_url.startswith("sqlite:////"):
+            raise ValueError(
+                "[database] url (or DOORWARD_DATABASE_URL) has to be sqlite:/// and an absolute path, "
+                "such as sqlite:////var/lib/doorward/doorward.db"
+            )
         if len(os.fsencode(self.socket)) > _SOCKET_PATH_BYTES:
             raise ValueError(
                 f"the path of the Unix socket, {self.socket}, is longer than {_SOCKET_PATH_BYTES} bytes: "
@@ -243,20 +269,28 @@ def places(home: Path | None = None) -> tuple[Path, Path]:
     return home, Path(config).absolute() if config else home / "doorward.toml"
 
 
-def load(home: Path | None = None) -> Settings:
-    """Read the settings; OperatorError says which one is wrong and how to mend it."""
-    home, config = places(home)
+def load(home: Path | None = None, config: Path | None = None) -> Settings:
+    """Read the settings, of another file than the usual one if need be.
+
+    OperatorError says which one is wrong and how to mend it.
+    """
+    home, usual = places(home)
+    config = config or usual
     _refuse_unknown_variables()
-    if "DOORWARD_CONFIG" in os.environ and not config.is_file():
+    if "DOORWARD_CONFIG" in os.environ and not config.exists():
         raise OperatorError(f"there is no settings file {config}: mend DOORWARD_CONFIG or run `doorward init`")
+    if config.exists() and not config.is_file():
+        raise OperatorError(f"{config} is not a file: the settings file belongs there")
     try:
         settings = Settings(home=home, config=config)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise OperatorError(f"{config} is not valid TOML: {error}") from None
+    except UnicodeDecodeError:
+        raise OperatorError(f"{config} is not a text file: the settings are TOML") from None
     except OSError as error:
         raise OperatorError(f"cannot read the settings file {config}: {error.strerror}") from None
     except SettingsError as error:
-        raise OperatorError(f"a setting in the environment cannot be read: {error}") from None
+        raise OperatorError(f"a DOORWARD_ variable cannot be read: {error}") from None
     except ValidationError as error:
         raise OperatorError("\n".join(_sentence(config, problem) for problem in error.errors())) from None
     providers = {key: _with_secret(provider, config) for key, provider in settings.providers.items()}
@@ -269,6 +303,8 @@ def _with_secret(provider: Provider, config: Path) -> Provider:
     path = config.parent / provider.client_secret_file
     try:
         secret = path.read_text().removesuffix("\n")
+        if not secret:
+            raise OperatorError(f"[providers.{provider.id}] client_secret_file: {path} is empty: put the secret in it")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise OperatorError(f"[providers.{provider.id}] client_secret_file: cannot read {path}: {reason}") from None
@@ -287,6 +323,10 @@ def _known_variables() -> set[str]:
 def _refuse_unknown_variables() -> None:
     known = _known_variables()
     for name in sorted(os.environ):
+        if name.startswith(f"{PREFIX}PROVIDERS"):
+            raise OperatorError(
+                f"{name}: providers stand in the settings file only; keep a secret in client_secret_file"
+            )
         if name.startswith(PREFIX) and name not in known and not name.startswith(_OPEN):
             raise OperatorError(f"{name} is not a setting{_did_you_mean(name, known)}: mend or unset it")
 
@@ -303,20 +343,29 @@ def _sentence(config: Path, problem: Any) -> str:
         case "missing":
             what = "is missing: add it"
         case "extra_forbidden":
-            what = f"is not a setting{_did_you_mean(where[-1], _siblings(where))}: mend or remove it"
+            kind = "setting" if len(where) > 1 else "setting or section"
+            what = f"is not a {kind}{_did_you_mean(where[-1], _siblings(where))}: mend or remove it"
         case "value_error":
             what = str(problem["ctx"]["error"])
+        case "model_type" | "model_attributes_type" | "dict_type":
+            what = f"has to be a section of its own, [{'.'.join(where)}]"
         case _:
             what = problem["msg"][0].lower() + problem["msg"][1:]
     if not where:
         return f"{config}: {what}"
-    *section, key = where
-    if section[:1] == ["providers"] or where[0] == "providers":
-        section, key = where[:2], ".".join(where[2:])
-    name = f"[{'.'.join(section)}] {key}".strip() if section else key
-    variable = "_".join(where).upper()
-    also = f" (or {PREFIX}{variable})" if f"{PREFIX}{variable}" in _known_variables() else ""
-    return f"{config}: {name}{also}: {what}"
+    variable = f"{PREFIX}{'_'.join(part for part in where if not part.isdigit())}".upper()
+    also = f" (or {variable})" if variable in _known_variables() else ""
+    return f"{config}: {_name(where)}{also}: {what}"
+
+
+def _name(where: list[str]) -> str:
+    """`[section] key, item 1`, as one would look for it in the file."""
+    depth = 2 if where[0] == "providers" else 1
+    if len(where) <= depth:
+        return where[0] if depth == 1 else f"[{'.'.join(where)}]"
+    section, key, *items = ".".join(where[:depth]), where[depth], *where[depth + 1 :]
+    position = "".join(f", item {int(item) + 1}" for item in items if item.isdigit())
+    return f"[{section}] {key}{position}"
 
 
 def _siblings(where: list[str]) -> set[str]:

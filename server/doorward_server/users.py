@@ -16,7 +16,7 @@ ME = "me"
 _LONGEST_NAME = 100
 _LARGEST_ID = 2**63 - 1
 # What must hold of every deliverable address (RFC 5321, section 4.5.3.1.3); the rest only mail can tell.
-_EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f]{1,64}@[^\s@\x00-\x1f\x7f]{1,255}")
+_EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f\ud800-\udfff]{1,64}@[^\s@\x00-\x1f\x7f\ud800-\udfff]{1,255}")
 
 
 def find_id(handle: str) -> int | None:
@@ -49,6 +49,8 @@ class Users:
 
     def get(self, handle: str) -> User:
         """The user with this numeric id or slug; raises UserNotFound."""
+        if not handle.isascii():  # no slug is, and not every such text can be asked for
+            raise UserNotFound
         number = find_id(handle)
         wanted = User.id == number if number is not None else User.slug == handle
         for user in self.database.fetch_all(User.select().where(wanted)):
