@@ -93,8 +93,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _drains_in_time(self) -> "Settings":
-        if self.gateway.drain_wait + self.gateway.drain_grace > 4:  # noqa: PLR2004
-            raise ValueError("[gateway] drain_wait and drain_grace have to end within 4 s together: lower one")
+        if self.gateway.drain_wait + self.gateway.drain_grace > 3.5:  # noqa: PLR2004
+            raise ValueError("[gateway] drain_wait and drain_grace have to end within 3.5 s together: lower one")
         return self
 
     @property

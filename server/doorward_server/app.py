@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import peewee
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
@@ -42,6 +42,9 @@ SERVICES = [integration_service_pb2.DESCRIPTOR.services_by_name["IntegrationServ
 CHANNEL_OPTIONS = [
     ("grpc.so_reuseport", 0),  # else a second server takes the same port without a word
     ("grpc.max_receive_message_length", 1 << 20),
+    # More than the headers that the gateway lets pass: 60 KiB.
+    ("grpc.max_metadata_size", 96 << 10),
+    ("grpc.absolute_max_metadata_size", 128 << 10),
     # The gateway and the bot ping idle connections; by default that is punished.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
@@ -119,6 +122,7 @@ class App:
             users=self.users,
             providers=self.settings.providers,
             lease=timedelta(seconds=self.settings.refresh.lease),
+            log=self.log,
         )
 
     @cached_property
@@ -136,9 +140,22 @@ class App:
 
     @cached_property
     def interceptor(self) -> CallInterceptor:
-        policies = read_policies(SERVICES, self.settings.origins)
-        authenticator = Authenticator(self.sessions, self.service_tokens)
-        return CallInterceptor(policies, authenticator, self.log, access_log=self.settings.log.access)
+        """What surrounds every call."""
+        return self._make_interceptor(whole_messages=False)
+
+    @cached_property
+    def gateway_interceptor(self) -> CallInterceptor:
+        """What surrounds every call that comes through the gateway."""
+        return self._make_interceptor(whole_messages=True)
+
+    def _make_interceptor(self, *, whole_messages: bool) -> CallInterceptor:
+        return CallInterceptor(
+            read_policies(SERVICES, self.settings.origins),
+            Authenticator(self.sessions, self.service_tokens),
+            self.log,
+            access_log=self.settings.log.access,
+            whole_messages=whole_messages,
+        )
 
     def add_services(self, server: grpc.Server) -> None:
         integration_service_pb2_grpc.add_IntegrationServiceServicer_to_server(
@@ -162,27 +179,31 @@ class App:
 
 @dataclass(frozen=True)
 class Server:
-    """The gRPC server and what runs beside it."""
+    """The gRPC servers and what runs beside them.
+
+    The gateway's socket has a server with threads of its own: nobody on the TCP port can hold those.
+    """
 
     app: App
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
         settings, log = self.app.settings, self.app.log
-        self.app.record_key()
         stop = _stop_signal()
-        server, health_servicer = self._build()
+        self.app.record_key()
+        health_servicer = health.HealthServicer()
+        for_services = self._build(self.app.interceptor, health_servicer)
+        for_gateway = self._build(self.app.gateway_interceptor, health_servicer)
+        if settings.grpc.reflection:
+            names = [*(service.full_name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, for_services)
+        _listen(for_services, for_gateway, settings)
         _spare_the_collector()
-        _listen(server, settings)
-        server.start()
+        for_services.start()
+        for_gateway.start()
         self.app.worker.start()
-        sweeper = threading.Thread(target=self._sweep, args=(stop,), name="sweeper", daemon=True)
-        sweeper.start()
-        where = {
-            "port": settings.grpc.port,
-            "socket": str(settings.socket),
-            "home": str(settings.home),
-        }
+        threading.Thread(target=self._sweep, args=(stop,), name="sweeper", daemon=True).start()
+        where = {"port": settings.grpc.port, "socket": str(settings.socket), "home": str(settings.home)}
         log.info("serving", **where)
         if on_ready is not None:
             on_ready(where)
@@ -191,29 +212,27 @@ class Server:
         health_servicer.enter_graceful_shutdown()
         # The gateway's health check has to notice before calls are refused.
         threading.Event().wait(settings.grpc.drain_wait)
-        stopped = server.stop(settings.grpc.drain_grace)
-        self.app.worker.stop(settings.grpc.drain_grace)
-        stopped.wait()
-        settings.socket.unlink(missing_ok=True)
+        grace = settings.grpc.drain_grace
+        # The socket before the port: a successor that gets the port makes a socket of its own, which
+        # is not to be removed any more. gRPC removes ours when it stops listening.
+        stopped = [server.stop(grace) for server in (for_gateway, for_services)]
+        self.app.worker.stop(grace)
+        for one in stopped:
+            one.wait()
         self.app.outbound.close()
         log.info("stopped")
 
-    def _build(self) -> tuple[grpc.Server, health.HealthServicer]:
+    def _build(self, interceptor: CallInterceptor, health_servicer: health.HealthServicer) -> grpc.Server:
         settings = self.app.settings.grpc
         server = grpc.server(
             ThreadPoolExecutor(settings.threads, thread_name_prefix="call"),
-            interceptors=[self.app.interceptor],
+            interceptors=[interceptor],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=CHANNEL_OPTIONS,
         )
         self.app.add_services(server)
-        health_servicer = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-        if settings.reflection:
-            names = [service.full_name for service in SERVICES]
-            reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        return server, health_servicer
+        return server
 
     def _sweep(self, stop: threading.Event) -> None:
         while not stop.wait(_SWEEP_SECONDS):
@@ -236,11 +255,11 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-def _listen(server: grpc.Server, settings: Settings) -> None:
+def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Settings) -> None:
     """Bind the TCP port and the gateway's socket. The port comes first: who has it owns the socket too."""
     address = f"{settings.grpc.host}:{settings.grpc.port}"
     try:
-        server.add_insecure_port(address)
+        for_services.add_insecure_port(address)
     except RuntimeError:
         raise OperatorError(
             f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
@@ -249,7 +268,7 @@ def _listen(server: grpc.Server, settings: Settings) -> None:
     if _is_served(path):
         raise OperatorError(f"another server answers on {path}: stop it or set DOORWARD_GRPC_SOCKET")
     try:
-        server.add_insecure_port(f"unix:{path}")
+        for_gateway.add_insecure_port(f"unix:{path}")
         path.chmod(0o600)
     except (RuntimeError, OSError):
         raise OperatorError(

@@ -21,6 +21,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 # Pages in KiB that each connection may cache: the operating system caches the file once for all.
 _CACHE_KIB = 512
+_LONGEST_QUEUE = 48
 
 
 class Database:
@@ -47,19 +48,26 @@ class Database:
         # BEGIN IMMEDIATE queues unfairly between threads: under load some starve until they see
         # "database is locked". So threads queue here, and only processes meet in SQLite.
         self._writer = threading.Lock()
+        # While the file is held by another program, some threads have to stay free for reads.
+        self._queue = threading.BoundedSemaphore(_LONGEST_QUEUE)
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction. Never do network calls inside."""
-        if not self._writer.acquire(timeout=self._busy_timeout):
+        if not self._queue.acquire(blocking=False):
             raise StorageUnavailable
         try:
-            with storage_failures(), self.engine.atomic():
-                yield
+            if not self._writer.acquire(timeout=self._busy_timeout):
+                raise StorageUnavailable
+            try:
+                with storage_failures(), self.engine.atomic():
+                    yield
+            finally:
+                self._writer.release()
         finally:
-            self._writer.release()
+            self._queue.release()
 
     def fetch_one(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
         """The first row of a constant statement, without peewee: for hot reads, outside of transactions."""

@@ -4,7 +4,7 @@ Owns the tables `connections` and `code_claims`. Imports `oauth`, `jobs`, `users
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import peewee
 
 from doorward_server.clock import Clock
-from doorward_server.crypto import KeyRing, Place, fingerprint
+from doorward_server.crypto import CannotOpen, KeyRing, Place, fingerprint
 from doorward_server.database import Database, storage_failures
 from doorward_server.errors import (
     Busy,
@@ -35,6 +35,7 @@ from doorward_server.errors import (
     UserNotFound,
 )
 from doorward_server.jobs import Abandon, Jobs, Payload
+from doorward_server.logs import Log
 from doorward_server.models import CodeClaim, Connection
 from doorward_server.oauth import OAuth, TokenPair
 from doorward_server.outbound import Bulkhead, ConnectTimeout, NotConnectable
@@ -52,6 +53,8 @@ _REFRESH_FAILURES: Mapping[str, type[CallError]] = {
 # A code that no provider will take any more is forgotten after this long.
 _CLAIM_LIFE = timedelta(days=7)
 _CONNECTED = "connected"
+# How long a failing disk is given to take a pair that was just obtained.
+_STORING_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Integrations:
     users: Users
     providers: Mapping[str, Provider]
     lease: timedelta
+    log: Log
 
     def status(self, user_id: int, kai_type: str) -> bool:
         """Whether the user is connected, by tokens that the provider has not refused."""
@@ -88,9 +92,12 @@ class Integrations:
             connection = _find(user_id, provider_id)
             if connection is None:
                 raise NotConnected
-            pair = self._open_pair(connection)
             Connection.delete().where(Connection.id == connection.id).execute()
-            self._queue_revocation(provider_id, pair)
+            try:
+                self._queue_revocation(provider_id, self._open_pair(connection))
+            except CannotOpen:
+                # The user gets rid of it all the same; only the provider cannot be told.
+                self.log.error("connection cannot be opened; it is removed, not revoked", user_id=user_id)
 
     @storage_failures()
     def connect(self, user_id: int, kai_type: str, code: str) -> None:
@@ -104,10 +111,13 @@ class Integrations:
             self._await_exchange(provider, user_id, code)
             return
         pair = self._exchange(provider, claim, code)
+
+        def store() -> None:
+            self._store_connection(user_id, provider_id, pair)
+            CodeClaim.update(outcome=_CONNECTED).where(CodeClaim.id == claim.id).execute()
+
         try:
-            with self.database.writing():
-                self._store_connection(user_id, provider_id, pair)
-                CodeClaim.update(outcome=_CONNECTED).where(CodeClaim.id == claim.id).execute()
+            self._insist(store)
         except peewee.IntegrityError:
             raise UserNotFound from None
 
@@ -183,7 +193,8 @@ class Integrations:
             while True:
                 claim = CodeClaim.get_or_none(provider=provider.id, code_hash=fingerprint(code), user=user_id)
                 if claim is None:
-                    raise CodeAlreadyUsed
+                    # Gone while we waited: the other call could not reach the provider.
+                    raise CodeAlreadyUsed if waits is None else ProviderUnavailable
                 if claim.outcome is not None:
                     break
                 # One second more than an exchange may take, to store its result. No outcome after
@@ -347,21 +358,29 @@ class Integrations:
             return held
 
     def _store_refreshed(self, held: Connection, pair: TokenPair) -> None:
-        """Store the pair before anyone gets to see it. The old one is spent, so a failing disk gets several tries."""
-        waits = self.clock.polls(self.lease.total_seconds(), first=0.1, longest=1.0)
+        """Store the pair before anyone gets to see it, unless the one that it follows was replaced.
+
+        It counts even when the lease has passed to another call meanwhile: that one has nothing but
+        the refresh token that is spent now.
+        """
+
+        def store() -> None:
+            values = self._sealed(held.id, pair, keep_refresh_token=True)
+            unchanged = (Connection.id == held.id) & (Connection.access_token == held.access_token)
+            stored = Connection.update(lease_epoch=Connection.lease_epoch + 1, **values).where(unchanged).execute()
+            if not stored and Connection.get_or_none(Connection.id == held.id) is None:
+                # Disconnected meanwhile: what the provider gave us now must not live on.
+                self._queue_revocation(held.provider, pair)
+
+        self._insist(store)
+
+    def _insist(self, store: Callable[[], None]) -> None:
+        """Do it in a transaction, again if the storage fails: what the provider gave cannot be had again."""
+        waits = self.clock.polls(_STORING_SECONDS, first=0.1, longest=1.0)
         while True:
             try:
                 with self.database.writing():
-                    if self._write(
-                        held,
-                        epoch=held.lease_epoch,
-                        **self._sealed(held.id, pair, keep_refresh_token=True),
-                    ):
-                        return
-                    if Connection.get_or_none(Connection.id == held.id) is None:
-                        # Disconnected meanwhile: what the provider gave us now must not live on.
-                        self._queue_revocation(held.provider, pair)
-                    return
+                    return store()
             except StorageUnavailable:
                 if next(waits, None) is None:
                     raise

@@ -83,8 +83,9 @@ class ServiceToken(peewee.Model):
 class Connection(peewee.Model):
     """A user's tokens at a provider, and the lease under which they are refreshed.
 
-    The pair of tokens changes only together with `lease_epoch`, or under the lease of the current
-    epoch: a refresher whose epoch has passed cannot write.
+    Whoever refreshes holds the lease of the current `lease_epoch`. A new pair is stored only in place of
+    the one that it follows, and passes the epoch on: a refresher that comes late cannot overwrite a newer
+    pair, nor end another's lease.
     """
 
     id = peewee.AutoField()

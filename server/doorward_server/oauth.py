@@ -25,6 +25,8 @@ from doorward_server.providers import Provider
 
 # RFC 6749, section 5.2: the characters of an error code. Longer ones are nobody's.
 _ERROR_CODE = re.compile(r"[\x20-\x21\x23-\x5b\x5d-\x7e]{1,100}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _LONGEST_LIFE = 10 * 365 * 86400.0
 _TOO_MANY_REQUESTS = 429
 
@@ -130,8 +132,8 @@ def _token_pair(answer: Answer) -> TokenPair:
 
 
 def _is_token(value: object) -> TypeGuard[str]:
-    """A string that is not empty and can be stored: JSON also holds lone surrogates and NUL."""
-    if not isinstance(value, str) or not value or "\0" in value:
+    """A string that is not empty, can be stored, and is safe in a header: JSON also holds lone surrogates."""
+    if not isinstance(value, str) or not value or _CONTROL.search(value):
         return False
     try:
         value.encode()
@@ -143,6 +145,8 @@ def _is_token(value: object) -> TypeGuard[str]:
 def _seconds(value: object) -> float | None:
     """A life in seconds; some providers send it as a string. None when it is no such thing."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
         return None
     try:
         seconds = float(value)

@@ -40,6 +40,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
 _COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, section 2.5.5.1
+_RELAYS = ipaddress.IPv4Network("192.88.99.0/24")  # 6to4 relay anycast, withdrawn by RFC 7526
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the part of it that IANA has given out
 _DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")  # RFC 9637, which older Pythons do not know
 
@@ -79,7 +80,7 @@ def is_public(address: IpAddress) -> bool:
             return is_public(embedded)
         if address not in _GLOBAL_UNICAST or address in _DOCUMENTATION:
             return False
-    return address.is_global and not address.is_multicast
+    return address.is_global and not address.is_multicast and address not in _RELAYS
 
 
 def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
@@ -171,11 +172,11 @@ class _GuardedBackend(httpcore.NetworkBackend):
     def _resolve(self, host: str, port: int) -> list[IpAddress]:
         with contextlib.suppress(ValueError):
             return [ipaddress.ip_address(host)]
+        lookup = self._resolver.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
-            found = self._resolver.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM).result(
-                max(_left(), 0)
-            )
+            found = lookup.result(max(_left(), 0))
         except LookupTimeout:
+            lookup.cancel()  # or dead lookups would queue up before live ones
             raise httpcore.ConnectTimeout("the name was not resolved in time") from None
         except (OSError, UnicodeError):
             raise httpcore.ConnectError("the name does not resolve") from None
@@ -302,7 +303,7 @@ class Outbound:
                 _failures(),
                 self._client.stream(
                     method,
-                    httpx.URL(url).copy_merge_params(query or {}),
+                    httpx.URL(url).copy_merge_params(query) if query else url,
                     headers=headers,
                     data=form,
                     timeout=timeout,
@@ -355,6 +356,8 @@ def _read(response: httpx.Response) -> bytes:
             raise ProviderMalformed from None
         if len(body) > MAX_ANSWER_BYTES:
             raise ProviderMalformed
+        if inflater is not None and inflater.eof:
+            break  # zlib would keep whatever follows
     if inflater is not None and body and not inflater.eof:
         raise ProviderMalformed
     return bytes(body)

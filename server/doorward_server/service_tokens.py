@@ -1,5 +1,6 @@
 """Service tokens: what backends and the bot present on the gRPC port. Imports `models` and below."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +9,7 @@ from enum import StrEnum
 from doorward_server.clock import Clock
 from doorward_server.crypto import fingerprint, make_secret
 from doorward_server.database import Database
-from doorward_server.errors import ServiceTokenNotFound
+from doorward_server.errors import ServiceTokenNotFound, StorageUnavailable
 from doorward_server.models import ServiceToken, to_micros
 
 # Told apart from other secrets by people and by scanners of repositories.
@@ -66,7 +67,7 @@ class ServiceTokens:
             return None
         token_id, roles, last_used_at = row
         if last_used_at is None or last_used_at <= to_micros(now - _USE_RESOLUTION):
-            with self.database.writing():
+            with contextlib.suppress(StorageUnavailable), self.database.writing():
                 ServiceToken.update(last_used_at=now).where(ServiceToken.id == token_id).execute()
         return Service(token_id, frozenset(roles.split(",")))
 

@@ -9,6 +9,7 @@ import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -165,7 +166,7 @@ class Settings(BaseSettings):
     master_key_file: Path | None = None
     # Where browsers find the gateway (unset: its own address), and the other origins that may call it.
     public_url: HttpUrl | None = None
-    allowed_origins: Listed = ()
+    allowed_origins: Annotated[tuple[HttpUrl, ...], NoDecode, BeforeValidator(_split)] = ()
 
     database: DatabaseSection = DatabaseSection()
     grpc: GrpcSection = GrpcSection()
@@ -252,7 +253,15 @@ class Settings(BaseSettings):
     def origins(self) -> frozenset[str]:
         """The origins whose pages may call the cookie routes, in the form of an Origin header."""
         public_url = self.public_url or f"http://127.0.0.1:{self.gateway.port}"
-        return frozenset(url.rstrip("/").lower() for url in (public_url, *self.allowed_origins))
+        return frozenset(map(_origin, (public_url, *self.allowed_origins)))
+
+
+def _origin(url: str) -> str:
+    """The origin of a URL as browsers write it (RFC 6454, section 6.2): no path, no default port."""
+    parts = urlsplit(url.lower())
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in (None, default) else "")
 
 
 def default_home() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import grpc
@@ -64,11 +64,18 @@ class CallInterceptor(grpc.ServerInterceptor):
         log: Log,
         *,
         access_log: bool,
+        whole_messages: bool = False,
     ) -> None:
+        """`whole_messages`: the peer sends a message together with its headers, as the gateway does.
+
+        From anyone else it is awaited only after authentication: who may not call holds no thread by
+        announcing a message and never sending it.
+        """
         self._policies = policies
         self._authenticator = authenticator
         self._log = log
         self._access_log = access_log
+        self._whole_messages = whole_messages
         self._wrapped: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
 
     def intercept_service(
@@ -87,13 +94,16 @@ class CallInterceptor(grpc.ServerInterceptor):
         if handler.unary_unary is None:
             raise TypeError(f"{method} streams, which no handler here is made for")
         call = _Call(method, handler, policy, self._authenticator, self._log, access_log=self._access_log)
-        wrapped = grpc.unary_unary_rpc_method_handler(call)
+        if self._whole_messages:
+            wrapped = grpc.unary_unary_rpc_method_handler(call.with_message)
+        else:
+            wrapped = grpc.stream_unary_rpc_method_handler(call.with_stream)
         self._wrapped[method] = wrapped
         return wrapped
 
 
 class _Call:
-    """One RPC's handler with everything around it. Called with the message's bytes, by many threads."""
+    """One RPC's handler with everything around it, for many threads."""
 
     def __init__(
         self,
@@ -114,7 +124,15 @@ class _Call:
         self._log = log
         self._access_log = access_log
 
-    def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+    def with_message(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        """Serve a call whose message is here."""
+        return self._serve(iter((request,)), context)
+
+    def with_stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        """Serve a call whose message is still to come."""
+        return self._serve(requests, context)
+
+    def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         started = time.perf_counter()
         metadata = _read_metadata(context)
         peer = context.peer()
@@ -126,12 +144,12 @@ class _Call:
             credentials = self._authenticator.credentials(peer, metadata)
             caller = credentials.caller
             self._policy.authenticate(credentials)
+            request = next(requests, b"")
             message = self._parse_message(request)
             self._policy.authorise(caller, message)
             if b"\0" in request and _holds_nul(message):
                 raise MalformedRequest
-            if caller is not None:
-                current_caller.set(caller)
+            current_caller.set(caller)
             answer = self._serialize(self._behavior(message, context))
         except CallError as error:
             failure = error

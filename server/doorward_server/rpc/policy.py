@@ -24,11 +24,12 @@ from doorward_server.users import ME
 
 Caller = SessionUser | Service
 # The caller of the call that this thread serves. Set before a handler runs.
-current_caller: ContextVar[Caller] = ContextVar("current_caller")
+current_caller: ContextVar[Caller | None] = ContextVar("current_caller")
 
 _ANYONE = policy_pb2.CALLER_KIND_ANYONE
 _SELF_SESSION = policy_pb2.CALLER_KIND_SELF_SESSION
 _SERVICE = policy_pb2.CALLER_KIND_SERVICE
+_JUDGED = {_ANYONE, _SELF_SESSION, _SERVICE}
 
 
 class Credentials(NamedTuple):
@@ -57,10 +58,8 @@ class Policy:
             return
         if _SELF_SESSION in self.callers:
             self._require_session(credentials)
-        elif _SERVICE in self.callers:
-            self._require_service(credentials)
         else:
-            raise SessionRequired
+            self._require_service(credentials)
 
     def authorise(self, caller: Caller | None, message: Message) -> None:
         """Refuse a message that names a user other than the caller."""
@@ -104,5 +103,7 @@ def _read_policy(method: MethodDescriptor, allowed_origins: frozenset[str]) -> P
     if not options.HasExtension(policy_pb2.policy):
         raise LookupError(f"{method.full_name} declares no policy")
     declared = options.Extensions[policy_pb2.policy]
+    if unknown := set(declared.callers) - _JUDGED:
+        raise LookupError(f"{method.full_name}: no policy is judged by {sorted(unknown)} yet")
     roles = frozenset(policy_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in declared.roles)
     return Policy(frozenset(declared.callers), roles, allowed_origins)

@@ -105,10 +105,11 @@ class IntegrationServiceServicer:
     def ConnectKai(self, request, context):
         """Exchanges an authorization code for tokens and stores them sealed,
         replacing an earlier connection. Nothing changes unless the exchange
-        succeeds.
+        succeeds. The replaced tokens are not revoked: at many providers that would
+        end the new grant too.
 
         A code is sent to the provider at most once, unless no connection to the
-        provider could be made. The same code again, by the same user while the
+        provider could be made; it is remembered for a week. The same code again, by the same user while the
         connection stands, succeeds without a second exchange; otherwise it is
         ABORTED `CODE_ALREADY_USED`.
 
@@ -129,7 +130,7 @@ class IntegrationServiceServicer:
 
         NOT_FOUND `NOT_CONNECTED` (also for an unknown user).
         FAILED_PRECONDITION `NEEDS_REAUTH` (the provider has refused the refresh
-        token: the user has to connect again), `REFRESH_REJECTED` (it refused the
+        token, or gave none: the user has to connect again), `REFRESH_REJECTED` (it refused the
         request for another reason, metadata `error`; the tokens are kept),
         `PROVIDER_NOT_CONFIGURED`. INVALID_ARGUMENT `INVALID_MIN_TTL`.
         UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.

@@ -59,10 +59,11 @@ class IntegrationServiceStub:
     ConnectKai: _grpc.UnaryUnaryMultiCallable[_integration_service_pb2.ConnectKaiRequest, _integration_service_pb2.ConnectKaiResponse]
     """Exchanges an authorization code for tokens and stores them sealed,
     replacing an earlier connection. Nothing changes unless the exchange
-    succeeds.
+    succeeds. The replaced tokens are not revoked: at many providers that would
+    end the new grant too.
 
     A code is sent to the provider at most once, unless no connection to the
-    provider could be made. The same code again, by the same user while the
+    provider could be made; it is remembered for a week. The same code again, by the same user while the
     connection stands, succeeds without a second exchange; otherwise it is
     ABORTED `CODE_ALREADY_USED`.
 
@@ -79,7 +80,7 @@ class IntegrationServiceStub:
 
     NOT_FOUND `NOT_CONNECTED` (also for an unknown user).
     FAILED_PRECONDITION `NEEDS_REAUTH` (the provider has refused the refresh
-    token: the user has to connect again), `REFRESH_REJECTED` (it refused the
+    token, or gave none: the user has to connect again), `REFRESH_REJECTED` (it refused the
     request for another reason, metadata `error`; the tokens are kept),
     `PROVIDER_NOT_CONFIGURED`. INVALID_ARGUMENT `INVALID_MIN_TTL`.
     UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
@@ -118,10 +119,11 @@ class IntegrationServiceAsyncStub(IntegrationServiceStub):
     ConnectKai: _aio.UnaryUnaryMultiCallable[_integration_service_pb2.ConnectKaiRequest, _integration_service_pb2.ConnectKaiResponse]  # type: ignore[assignment]
     """Exchanges an authorization code for tokens and stores them sealed,
     replacing an earlier connection. Nothing changes unless the exchange
-    succeeds.
+    succeeds. The replaced tokens are not revoked: at many providers that would
+    end the new grant too.
 
     A code is sent to the provider at most once, unless no connection to the
-    provider could be made. The same code again, by the same user while the
+    provider could be made; it is remembered for a week. The same code again, by the same user while the
     connection stands, succeeds without a second exchange; otherwise it is
     ABORTED `CODE_ALREADY_USED`.
 
@@ -138,7 +140,7 @@ class IntegrationServiceAsyncStub(IntegrationServiceStub):
 
     NOT_FOUND `NOT_CONNECTED` (also for an unknown user).
     FAILED_PRECONDITION `NEEDS_REAUTH` (the provider has refused the refresh
-    token: the user has to connect again), `REFRESH_REJECTED` (it refused the
+    token, or gave none: the user has to connect again), `REFRESH_REJECTED` (it refused the
     request for another reason, metadata `error`; the tokens are kept),
     `PROVIDER_NOT_CONFIGURED`. INVALID_ARGUMENT `INVALID_MIN_TTL`.
     UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
@@ -192,10 +194,11 @@ class IntegrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_integration_service_pb2.ConnectKaiResponse, _abc.Awaitable[_integration_service_pb2.ConnectKaiResponse]]:
         """Exchanges an authorization code for tokens and stores them sealed,
         replacing an earlier connection. Nothing changes unless the exchange
-        succeeds.
+        succeeds. The replaced tokens are not revoked: at many providers that would
+        end the new grant too.
 
         A code is sent to the provider at most once, unless no connection to the
-        provider could be made. The same code again, by the same user while the
+        provider could be made; it is remembered for a week. The same code again, by the same user while the
         connection stands, succeeds without a second exchange; otherwise it is
         ABORTED `CODE_ALREADY_USED`.
 
@@ -218,7 +221,7 @@ class IntegrationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         NOT_FOUND `NOT_CONNECTED` (also for an unknown user).
         FAILED_PRECONDITION `NEEDS_REAUTH` (the provider has refused the refresh
-        token: the user has to connect again), `REFRESH_REJECTED` (it refused the
+        token, or gave none: the user has to connect again), `REFRESH_REJECTED` (it refused the
         request for another reason, metadata `error`; the tokens are kept),
         `PROVIDER_NOT_CONFIGURED`. INVALID_ARGUMENT `INVALID_MIN_TTL`.
         UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
