@@ -325,7 +325,8 @@ def _starter_settings(source: Path | None) -> str:
     if source is None:
         return (files("doorward_server") / "starter.toml").read_text()
     try:
-        return sys.stdin.read() if str(source) == "-" else source.read_text()
+        read = sys.stdin.buffer.read if str(source) == "-" else source.read_bytes
+        return read().decode()
     except OSError as error:
         raise OperatorError(f"--settings: cannot read {source}: {error.strerror}") from None
     except UnicodeDecodeError:

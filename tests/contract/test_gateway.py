@@ -3,9 +3,11 @@
 import concurrent.futures
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from doorward.integration.v1 import integration_service_pb2 as pb
+from doorward_gateway import cli as gateway_cli
 from doorward_server.errors import CallError
 from doorward_server.rpc.status import status_code, trailing_metadata
 from tests.processes import BIN, Process, await_condition, clean_environment, free_port, running
@@ -167,7 +170,8 @@ class Load:
         return self.statuses
 
     def _call(self, stack: Stack, person: Person) -> None:
-        with httpx.Client(base_url=stack.url, trust_env=False, timeout=30, headers=as_user(person)) as client:
+        client = httpx.Client(base_url=stack.url, trust_env=False, verify=False, timeout=30, headers=as_user(person))
+        with client:
             while not self._stop.is_set():
                 self.statuses.append(client.get(STATUS).status_code)
 
@@ -185,19 +189,14 @@ def loaded(stack: Stack, person: Person, callers: int) -> Iterator[Load]:
     ("number", "most_failures"),
     [
         # A killed server takes with it what it was working on: one request a caller.
-        pytest.param(
-            signal.SIGKILL,
-            4,
-            id="killed",
-            marks=pytest.mark.xfail(strict=True, reason="retries go to the dead server again: it has least requests"),
-        ),
-        # One that is told to stop tells the gateway first, which looks once a second.
+        pytest.param(signal.SIGKILL, 4, id="killed"),
+        # One that is told to stop tells the gateway first, and by default waits until that has looked.
         pytest.param(signal.SIGTERM, 0, id="drained"),
     ],
 )
 def test_one_of_two_servers_goes(home: Stack, person: Person, number: int, most_failures: int) -> None:
     port = free_port()
-    stack = front(home, socket_of(home, home.grpc_port), socket_of(home, port), DOORWARD_GRPC_DRAIN_WAIT="1.5")
+    stack = front(home, socket_of(home, home.grpc_port), socket_of(home, port), DOORWARD_GRPC_DRAIN_WAIT="")
     with stack.gateway(), stack.server(port) as server:
         with loaded(stack, person, callers=4) as load:
             await_condition(lambda: server.output().count('"call"') >= 50, "the second server's share of the load")
@@ -296,7 +295,6 @@ def test_every_code_becomes_its_http_status(
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNIMPLEMENTED"])
-@pytest.mark.xfail(strict=True, reason="what grpcio itself refuses, such as one call too many, has no ErrorInfo")
 def test_a_status_without_details_gets_them(upstream: tuple[Stack, Upstream], code: str) -> None:
     stack, _ = upstream
     answer = rest(stack, "GET", f"/api/v1/users/me/integrations/kai/bare-{code}")
@@ -308,7 +306,8 @@ def test_no_answer_in_time(upstream: tuple[Stack, Upstream]) -> None:
     started = time.monotonic()
     answer = rest(stack, "GET", f"/api/v1/users/me/integrations/kai/{Upstream.SILENT}")
     assert_error(answer, 504, 4, "TIMEOUT")
-    assert 0.5 <= time.monotonic() - started < 5
+    # Envoy counts from when its loop woke up, which may be a little before the request was read.
+    assert 0.45 < time.monotonic() - started < 5
     assert server.cancelled.wait(10)  # the server is told that nobody waits any more
 
 
@@ -317,7 +316,7 @@ def test_no_answer_in_time(upstream: tuple[Stack, Upstream]) -> None:
 
 def ask_from(address: str, stack: Stack, count: int, path: str = STATUS) -> list[httpx.Response]:
     """Requests in a row from an address of this machine, each claiming another one."""
-    transport = httpx.HTTPTransport(local_address=address)
+    transport = httpx.HTTPTransport(local_address=address, verify=False)
     with httpx.Client(base_url=stack.url, transport=transport, timeout=30) as client:
         return [client.get(path, headers={"x-forwarded-for": f"9.9.9.{number}"}) for number in range(count)]
 
@@ -417,16 +416,40 @@ def test_a_port_in_use(home: Stack, name: str) -> None:
         pytest.param("RATE_LIMIT", "many", "valid integer", id="rate limit in words"),
         pytest.param("PORT", "65536", "less than or equal to 65535", id="port"),
         pytest.param("TIMEOUT", "0", "greater than 0", id="timeout"),
-        pytest.param("DRAIN_GRACE", "5", "within 4 s together", id="long drain"),
+        pytest.param("DRAIN_GRACE", "5", "within 3.5 s together", id="long drain"),
     ],
 )
-def test_a_bad_setting(home: Stack, name: str, value: str, words: str) -> None:
-    done = launch(home, **{name: value})
-    assert (done.returncode, done.stdout) == (1, "")
-    [line] = done.stderr.splitlines()
+def test_a_bad_setting(
+    home: Stack,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    words: str,
+) -> None:
+    """In this process, and without an Envoy in case it is accepted."""
+    for variable in [variable for variable in os.environ if variable.startswith("DOORWARD_")]:
+        monkeypatch.delenv(variable)
+    for variable, setting in (front(home).environment | {f"DOORWARD_GATEWAY_{name}": value}).items():
+        monkeypatch.setenv(variable, setting)
+    monkeypatch.setattr(sys, "argv", ["doorward-gateway", "--print-config"])
+    with pytest.raises(SystemExit) as end:
+        gateway_cli.run()
+    assert capsys.readouterr() == ("", "")
+    line = end.value.code  # which Python prints, and exits with 1
+    assert isinstance(line, str)
+    assert "\n" not in line
     assert line.startswith("doorward-gateway: ")
     assert words in line
     assert name.lower() in line.lower() or "SOCKET" in line
+
+
+def test_a_bad_setting_as_a_process(home: Stack) -> None:
+    done = launch(home, UPSTREAMS="nonsense")
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("doorward-gateway: ")
+    assert '"nonsense" has to be unix:PATH or host:port' in line
 
 
 @pytest.mark.parametrize(
@@ -504,7 +527,7 @@ def test_a_request_under_way_when_the_gateway_is_told_to_stop(home: Stack, perso
 
 
 def test_an_idle_gateway_is_told_to_stop(home: Stack) -> None:
-    stack = front(home, DOORWARD_GATEWAY_DRAIN_WAIT="0.5")  # the default
+    stack = front(home, DOORWARD_GATEWAY_DRAIN_WAIT="")  # the default
     with stack.gateway() as launcher:
         await_status(stack, "/healthz", 200)
         envoy, started = envoy_of(launcher), time.monotonic()

@@ -18,16 +18,17 @@ from tests.processes import BIN, ROOT, Process, clean_environment, free_port
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ports = {f"DOORWARD_{name}_PORT": str(free_port()) for name in ("GATEWAY", "GATEWAY_ADMIN", "GRPC", "SANDBOX")}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    environment = {**clean_environment({"DOORWARD_HOME": str(tmp_path / "home"), "PATH": path}), **ports}
+    home = tmp_path_factory.mktemp("readme") / "home"
+    environment = {**clean_environment({"DOORWARD_HOME": str(home), "PATH": path}), **ports}
     del environment["PYTHONWARNINGS"]  # honcho is not ours to keep free of warnings
     return environment
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def up(environment: dict[str, str], logs: Path) -> Iterator[Process]:
     process = Process(["make", "up"], logs / "make-up.log", environment)
     try:

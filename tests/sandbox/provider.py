@@ -96,7 +96,7 @@ async def log_request(request: web.Request, handler: oauth.Handler) -> web.Strea
         outcome = 500
         frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
         # Where it happened, not what it says: messages quote the values they are about.
-        log.error("%s in a handler\n%s", type(error).__name__, frames)  # noqa: TRY400
+        log.error("%s in a handler\n%s", type(error).__name__, frames)
         raise
     else:
         outcome = response.status

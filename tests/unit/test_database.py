@@ -237,10 +237,9 @@ def test_migrate_is_done_once(path: Path) -> None:
         assert database.migrate() == []
 
 
-@pytest.mark.xfail(strict=True, reason="a first connection does not wait while another makes the file: busy at once")
 def test_the_first_connection_waits_for_another_program_too(path: Path) -> None:
     def migrate() -> list[str]:
-        with opened(path) as database:
+        with contextlib.closing(open_database(f"sqlite:///{path}", 5)) as database:
             return database.migrate()
 
     with (

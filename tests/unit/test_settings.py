@@ -28,10 +28,6 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def wrong(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def load(home: Path, text: str | bytes = "") -> Settings:
     (home / "doorward.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     return settings_module.load(home)
@@ -159,13 +155,7 @@ def test_a_secret_file_is_relative_to_the_settings_file(tmp_path: Path, monkeypa
         pytest.param({"DOORWARD_BOT_TOKEN": "1"}, lambda s: s.gateway.port, 8080, id="the bot's"),
         pytest.param({"DOORWARD_LIMITS_CALLS": "1"}, lambda s: s.gateway.port, 8080, id="limits"),
         pytest.param({"DOORWARD_CALLBACKS_URL": "x"}, lambda s: s.gateway.port, 8080, id="callbacks"),
-        pytest.param(
-            {"DOORWARD_JOBS_SCHEDULE": "5,30"},
-            lambda s: s.jobs.schedule,
-            (5, 30),
-            id="list of numbers",
-            marks=wrong("[jobs] schedule is read as JSON from the environment, the other lists by comma"),
-        ),
+        pytest.param({"DOORWARD_JOBS_SCHEDULE": "5,30"}, lambda s: s.jobs.schedule, (5, 30), id="list of numbers"),
     ],
 )
 def test_the_environment(
@@ -219,12 +209,7 @@ _LONG = "/tmp/" + "x" * 103
             ("[providers.flo] client_secrett", "did you mean client_secret?"),
             id="misspelled secret",
         ),
-        pytest.param(
-            "home = '/x'\n",
-            ("home", "DOORWARD_HOME"),
-            id="home in the file",
-            marks=wrong("a home in the file is read and ignored without a word"),
-        ),
+        pytest.param("home = '/x'\n", ("home", "DOORWARD_HOME"), id="home in the file"),
         # Types and ranges
         pytest.param("[grpc]\nport = 'http'\n", ("[grpc] port", "DOORWARD_GRPC_PORT", "integer"), id="port: text"),
         pytest.param("[grpc]\nport = 1.5\n", ("[grpc] port", "DOORWARD_GRPC_PORT", "integer"), id="port: fraction"),
@@ -233,27 +218,16 @@ _LONG = "/tmp/" + "x" * 103
         pytest.param("[grpc]\nport = -1\n", ("[grpc] port", "equal to 1"), id="negative port"),
         pytest.param("[grpc]\nport = 65536\n", ("[grpc] port", "equal to 65535"), id="large port"),
         pytest.param("[gateway]\nport = 65536\n", ("[gateway] port", "equal to 65535"), id="gateway's port"),
-        pytest.param(
-            "[grpc]\nport = true\n",
-            ("[grpc] port", "integer"),
-            id="port: true",
-            marks=wrong("true is taken for port 1"),
-        ),
+        pytest.param("[grpc]\nport = true\n", ("[grpc] port", "has to be a number"), id="port: true"),
         pytest.param("[grpc]\nthreads = 1\n", ("[grpc] threads", "equal to 2"), id="one thread"),
         pytest.param("[log]\nlevel = 'loud'\n", ("[log] level", "'debug'", "'error'"), id="choice"),
         pytest.param("[refresh]\nlease = 0\n", ("[refresh] lease", "greater than 0"), id="no lease"),
-        pytest.param("[refresh]\nlease = nan\n", ("[refresh] lease", "greater than 0"), id="lease: nan"),
-        pytest.param(
-            "[refresh]\nlease = inf\n",
-            ("[refresh] lease", "finite"),
-            id="lease: inf",
-            marks=wrong("infinity passes, and ends in an OverflowError where it becomes a timedelta"),
-        ),
+        pytest.param("[refresh]\nlease = nan\n", ("[refresh] lease", "finite"), id="lease: nan"),
+        pytest.param("[refresh]\nlease = inf\n", ("[refresh] lease", "finite"), id="lease: inf"),
         pytest.param(
             "[sessions]\nlifetime = 1e300\n",
             ("[sessions] lifetime", "less than"),
             id="lifetime beyond all time",
-            marks=wrong("it passes, and ends in an OverflowError where it becomes a timedelta"),
         ),
         pytest.param("[jobs]\nschedule = [5, -1]\n", ("schedule", "greater than 0"), id="schedule"),
         pytest.param("[outbound]\nallow = [5]\n", ("outbound", "allow", "string"), id="list of numbers"),
@@ -267,13 +241,11 @@ _LONG = "/tmp/" + "x" * 103
             "[database]\nurl = 'sqlite:///doorward.db'\n",
             ("[database] url", "absolute"),
             id="relative database",
-            marks=wrong("a relative path passes, and means another file in each working directory"),
         ),
         pytest.param(
             "[database]\nurl = 'sqlite:///:memory:'\n",
             ("[database] url", "absolute"),
             id="database in memory",
-            marks=wrong("a database that every thread has to itself passes"),
         ),
         pytest.param(f"[grpc]\nsocket = '{_LONG}'\n", (_LONG, "107", "[grpc] socket", "shorter"), id="long socket"),
         # Providers
@@ -298,7 +270,6 @@ _LONG = "/tmp/" + "x" * 103
             without("client_secret") + "client_secret = ''\n",
             ("[providers.flo]", "client_secret"),
             id="empty secret",
-            marks=wrong("an empty secret passes for one"),
         ),
         pytest.param(FLO + "timeout = 0\n", ("[providers.flo] timeout", "greater than 0"), id="no timeout"),
         pytest.param(FLO + "timeout = 61\n", ("[providers.flo] timeout", "equal to 60"), id="long timeout"),
@@ -345,7 +316,6 @@ def test_a_bad_url_is_named_with_the_mend(tmp_path: Path, key: str, url: str, pa
         assert_tells(complaint(tmp_path, with_line(f"{key} = '{url}'")), f"[providers.flo] {key}", part)
 
 
-@wrong("a URL that cannot be asked passes, and fails at the first call")
 @pytest.mark.parametrize(
     "url", ["https://a b/", "https://a..b/", "https://xn--a/", "https://flo.example/\t", "https://0177.0.0.1/"]
 )
@@ -385,17 +355,11 @@ def test_every_wrong_setting_is_told_on_a_line_of_its_own(tmp_path: Path) -> Non
             {"DOORWARD_PUBLIC_URL": f"https://ada:{SECRET}@x/"}, ("DOORWARD_PUBLIC_URL", "user information"), id="URL"
         ),
         pytest.param({"DOORWARD_LIMITS": SECRET}, ("limits",), id="limits"),
-        pytest.param(
-            {"DOORWARD_JOBS_SCHEDULE": SECRET},
-            ("DOORWARD_JOBS_SCHEDULE",),
-            id="schedule",
-            marks=wrong("the sentence names the field jobs and pydantic's source, not the variable"),
-        ),
+        pytest.param({"DOORWARD_JOBS_SCHEDULE": SECRET}, ("DOORWARD_JOBS_SCHEDULE",), id="schedule"),
         pytest.param(
             {"DOORWARD_PROVIDERS_FLO_CLIENT_SECRET": SECRET},
             ("DOORWARD_PROVIDERS_FLO_CLIENT_SECRET",),
             id="provider's secret",
-            marks=wrong("the sentence blames the file for a section [providers.flo_client_secret]"),
         ),
     ],
 )
@@ -411,37 +375,43 @@ def test_a_wrong_variable_is_named_with_the_mend(
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "part"),
     [
-        pytest.param(f"client_secret = {SECRET}\n".encode(), id="no quotes"),
-        pytest.param(f"[grpc\nx = '{SECRET}'\n".encode(), id="open bracket"),
-        pytest.param(f"x = '{SECRET}\n".encode(), id="open quote"),
-        pytest.param(b"[grpc]\n[grpc]\n", id="twice"),
-        pytest.param(b"\xff\xfe\x00\x01" * 100, id="binary"),
-        pytest.param(b"\x00", id="NUL"),
+        pytest.param(f"client_secret = {SECRET}\n".encode(), "not valid TOML: ", id="no quotes"),
+        pytest.param(f"[grpc\nx = '{SECRET}'\n".encode(), "not valid TOML: ", id="open bracket"),
+        pytest.param(f"x = '{SECRET}\n".encode(), "not valid TOML: ", id="open quote"),
+        pytest.param(b"[grpc]\n[grpc]\n", "not valid TOML: ", id="twice"),
+        pytest.param(b"\xff\xfe\x00\x01" * 100, "not a text file: the settings are TOML", id="binary"),
+        pytest.param(b"\x00", "not valid TOML: ", id="NUL"),
     ],
 )
-def test_what_is_no_toml_is_named(tmp_path: Path, text: bytes) -> None:
-    assert_tells(complaint(tmp_path, text), f"{tmp_path}/doorward.toml is not valid TOML: ")
+def test_what_is_no_toml_is_named(tmp_path: Path, text: bytes, part: str) -> None:
+    assert_tells(complaint(tmp_path, text), f"{tmp_path}/doorward.toml is {part}")
 
 
-@wrong("a directory in the file's place is taken for no file at all")
 def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "doorward.toml").mkdir()
     with pytest.raises(OperatorError) as failure:
         settings_module.load(tmp_path)
-    assert_tells(str(failure.value), f"{tmp_path}/doorward.toml", "directory")
+    assert_tells(str(failure.value), f"{tmp_path}/doorward.toml is not a file", "the settings file belongs there")
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory"])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("missing", ("there is no settings file {config}", "DOORWARD_CONFIG", "`doorward init`")),
+        ("directory", ("{config} is not a file", "the settings file belongs there")),
+    ],
+    ids=["missing", "directory"],
+)
 def test_a_config_that_is_no_file_is_named_with_the_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, parts: tuple[str, ...]
 ) -> None:
     config = tmp_path / "x.toml"
     if kind == "directory":
         config.mkdir()
     monkeypatch.setenv("DOORWARD_CONFIG", str(config))
-    assert_tells(complaint(tmp_path), str(config), "DOORWARD_CONFIG", "`doorward init`")
+    assert_tells(complaint(tmp_path), *(part.format(config=config) for part in parts))
 
 
 def test_an_empty_config_variable_is_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +425,7 @@ def test_an_empty_config_variable_is_unset(tmp_path: Path, monkeypatch: pytest.M
         pytest.param("missing", "No such file", id="missing"),
         pytest.param("directory", "Is a directory", id="directory"),
         pytest.param("binary", "it is not text", id="binary"),
-        pytest.param("empty", "empty", id="empty", marks=wrong("an empty secret passes for one")),
+        pytest.param("empty", "empty", id="empty"),
     ],
 )
 def test_a_secret_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str, part: str) -> None:
