@@ -21,8 +21,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 up: $(STAMP)  ## run the server, the gateway and the stand-ins; Ctrl-C ends them all
-	@$(BIN)/python -m tests.sandbox.settings | $(BIN)/doorward init --settings -
-	@DOORWARD_GRPC_REFLECTION=true exec $(BIN)/honcho start
+	@$(BIN)/python -m tests.sandbox.settings > $(VENV)/up.toml
+	@$(BIN)/doorward init --settings $(VENV)/up.toml
+	@DOORWARD_GRPC_REFLECTION=true exec $(BIN)/honcho start --no-prefix
 
 test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest

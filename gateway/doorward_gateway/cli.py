@@ -35,11 +35,11 @@ def _print_version(wanted: bool) -> None:
 
 
 @cli.command(
-    epilog="Settings: [gateway] in doorward.toml, or DOORWARD_GATEWAY_* in the environment. "
+    epilog="Settings: \\[gateway] in doorward.toml, or DOORWARD_GATEWAY_* in the environment. "
     "Example: DOORWARD_GATEWAY_PORT=8081 doorward-gateway"
 )
 def gateway(
-    home: Annotated[Path | None, typer.Option(help="Where the state lives. [default: $DOORWARD_HOME, or var/]")] = None,
+    home: Annotated[Path | None, typer.Option(help="The home. \\[default: $DOORWARD_HOME, or var/]")] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Let Envoy check the configuration, and exit.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print what Envoy gets, and exit.")] = False,
     _version: Annotated[

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +23,8 @@ from doorward_gateway.settings import GatewayError, Settings
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL = 0.05
+# To stop, or that Envoy has ended.
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
 
 class Launcher:
@@ -45,19 +46,17 @@ class Launcher:
         gateway = self._settings.gateway
         _refuse_used_port(gateway.host, gateway.port, "DOORWARD_GATEWAY_PORT")
         _refuse_used_port("127.0.0.1", gateway.admin_port, "DOORWARD_GATEWAY_ADMIN_PORT")
-        over = threading.Event()  # either we were told to stop, or Envoy has ended
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: over.set())
+        # Waited for, not handled: a handler that interrupts itself, by a second signal, may deadlock.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with self._config_file() as config:
             # A session of its own: Ctrl-C is for the launcher, which then drains.
-            envoy = subprocess.Popen(self._command(config), start_new_session=True, preexec_fn=_die_with_parent)  # noqa: S603, PLW1509
-            threading.Thread(target=_set_at_exit, args=(envoy, over), daemon=True).start()
-            ready = self._await_ready(over)
-        if ready:
+            envoy = subprocess.Popen(self._command(config), start_new_session=True, preexec_fn=_prepare_child)  # noqa: S603, PLW1509
+            number = self._await_ready()
+        if number is None:
             on_ready()
-        over.wait()
-        if envoy.poll() is not None:
-            return envoy.returncode or 1
+            number = signal.sigwait(_SIGNALS)
+        if number == signal.SIGCHLD:
+            return envoy.wait() or 1
         self._drain(envoy)
         return 0
 
@@ -76,12 +75,13 @@ class Launcher:
             command += ["--concurrency", str(self._settings.gateway.concurrency)]
         return command
 
-    def _await_ready(self, over: threading.Event) -> bool:
-        while not over.wait(_POLL):
+    def _await_ready(self) -> int | None:
+        """None as soon as Envoy serves, or the signal that came first."""
+        while (received := signal.sigtimedwait(_SIGNALS, _POLL)) is None:
             with contextlib.suppress(OSError):
                 if self._ask("GET", "/ready").strip() == "LIVE":
-                    return True
-        return False
+                    return None
+        return received.si_signo
 
     def _drain(self, envoy: subprocess.Popen[bytes]) -> None:
         """Fail the health check, stop listening, wait for the requests under way, stop."""
@@ -113,11 +113,6 @@ class Launcher:
             return text
 
 
-def _set_at_exit(process: subprocess.Popen[bytes], over: threading.Event) -> None:
-    process.wait()
-    over.set()
-
-
 def _refuse_used_port(host: str, port: int, variable: str) -> None:
     """Envoy would say it in thirty lines."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -131,7 +126,8 @@ def _refuse_used_port(host: str, port: int, variable: str) -> None:
             ) from None
 
 
-def _die_with_parent() -> None:
-    """In the child: have the kernel stop it when the launcher dies, even by SIGKILL."""
+def _prepare_child() -> None:
+    """In the child: let signals through again, and have the kernel stop it when the launcher dies, even by SIGKILL."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -4,10 +4,11 @@ They stand in the server's settings file, or in the environment, which wins: `[g
 DOORWARD_GATEWAY_PORT.
 """
 
+import difflib
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -120,12 +121,16 @@ def load(home: Path | None = None) -> Settings:
     except (OSError, SettingsError) as error:
         raise GatewayError(f"cannot read the settings: {error}") from None
     except ValidationError as error:
-        raise GatewayError(
-            "\n".join(_sentence(list(map(str, one["loc"])), one["msg"]) for one in error.errors())
-        ) from None
+        raise GatewayError("\n".join(_sentence(config, problem) for problem in error.errors())) from None
 
 
-def _sentence(where: list[str], what: str) -> str:
+def _sentence(config: Path, problem: Any) -> str:
+    where, what = [str(part) for part in problem["loc"]], problem["msg"]
     if not where:
-        return what.removeprefix("Value error, ")
-    return f"[{where[0]}] {'.'.join(where[1:])} (or {PREFIX}{'_'.join(where).upper()}): {what}"
+        return f"{config}: {what.removeprefix('Value error, ')}"
+    section, key = where[0], ".".join(where[1:])
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, GatewaySection.model_fields, n=1)
+        what = "is not a setting" + (f" (did you mean {close[0]}?)" if close else "") + ": mend or remove it"
+        return f"{config} (or the environment): [{section}] {key} {what}"
+    return f"{config}: [{section}] {key} (or {PREFIX}{'_'.join(where).upper()}): {what}"

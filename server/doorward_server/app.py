@@ -49,6 +49,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _SWEEP_SECONDS = 3600.0
 
 
@@ -189,7 +190,9 @@ class Server:
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
         settings, log = self.app.settings, self.app.log
-        stop = _stop_signal()
+        # Waited for, not handled: a handler that interrupts itself, by a second signal, may deadlock.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        stop = threading.Event()
         self.app.record_key()
         health_servicer = health.HealthServicer()
         for_services = self._build(self.app.interceptor, health_servicer)
@@ -207,7 +210,8 @@ class Server:
         log.info("serving", **where)
         if on_ready is not None:
             on_ready(where)
-        stop.wait()
+        signal.sigwait(_STOP_SIGNALS)
+        stop.set()
         log.info("draining")
         health_servicer.enter_graceful_shutdown()
         # The gateway's health check has to notice before calls are refused.
@@ -246,13 +250,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-
-
-def _stop_signal() -> threading.Event:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
 
 
 def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Settings) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from doorward_server import settings as settings_module
@@ -71,7 +71,7 @@ def _print_version(wanted: bool) -> None:
 @cli.callback()
 def _options(
     ctx: typer.Context,
-    home: Annotated[Path | None, typer.Option(help="Where the state lives. [default: $DOORWARD_HOME, or var/]")] = None,
+    home: Annotated[Path | None, typer.Option(help="The home. \\[default: $DOORWARD_HOME, or var/]")] = None,
     _version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
@@ -220,7 +220,7 @@ def create_token(
     name: Annotated[str, typer.Option(help="Who has it, for your own records.")] = "",
     days: Annotated[
         int | None,
-        typer.Option(help="It expires after so many days. [default: never]", min=1, max=36500),
+        typer.Option(help="It expires after so many days. \\[default: never]", min=1, max=36500),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -306,7 +306,7 @@ def _print_list(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_js
     if as_json:
         _print_json(list(rows))
         return
-    table = Table(*(column.replace("_", " ") for column in columns))
+    table = Table(*(Column(column.replace("_", " "), overflow="fold") for column in columns))
     for row in rows:
         table.add_row(*(Text(_cell(row[column])) for column in columns))
     Console().print(table)

@@ -32,6 +32,7 @@ _TAG_BYTES = 16
 _WRAPPED_AT = 1 + _ID_BYTES
 _VALUE_AT = _WRAPPED_AT + _NONCE_BYTES + _KEY_BYTES + _TAG_BYTES
 _KEY_PREFIX = "doorward-key-1"
+_NO_KEY = f"it is not a master key, which looks like {_KEY_PREFIX}:0a1b2c3d:..."
 
 
 class CannotOpen(DoorwardError):
@@ -72,9 +73,9 @@ class MasterKey:
         try:
             key = cls(base64.b64decode(encoded, altchars=b"-_", validate=True))
         except (binascii.Error, ValueError):
-            raise ValueError("it is not a master key") from None
+            raise ValueError(_NO_KEY) from None
         if prefix != _KEY_PREFIX or len(key.secret) != _KEY_BYTES:
-            raise ValueError("it is not a master key")
+            raise ValueError(_NO_KEY)
         if key.id != key_id:
             raise ValueError("the master key is damaged: its checksum does not match")
         return key

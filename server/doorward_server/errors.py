@@ -47,9 +47,11 @@ class CallError(DoorwardError):
     reason: ClassVar[str]
     message: ClassVar[str]
 
-    def __init__(self, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, metadata: Mapping[str, str] | None = None, *, cause: str | None = None) -> None:
+        """`metadata` is for the caller; `cause` says more, for the log only."""
         super().__init__(self.message)
         self.metadata = dict(metadata or {})
+        self.cause = cause
 
 
 class InvalidArgument(CallError):
@@ -183,7 +185,7 @@ class AlreadyExists(CallError):
 
 class SlugTaken(AlreadyExists):
     reason = "SLUG_TAKEN"
-    message = "another user's name gives the same slug"
+    message = "another user's name gives the same slug: choose another name"
 
 
 class EmailTaken(AlreadyExists):

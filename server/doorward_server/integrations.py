@@ -45,7 +45,8 @@ from doorward_server.users import Users
 REVOCATION = "revoke-token"
 DEFAULT_MIN_TTL = 10
 _LARGEST_MIN_TTL = 86400
-_STATUS = "SELECT needs_reauth FROM connections WHERE user_id = ? AND provider = ?"
+# Answered by the index alone.
+_STATUS = "SELECT needs_reauth FROM connections INDEXED BY connections_status WHERE user_id = ? AND provider = ?"
 # What those who waited for a refresh are told when it failed.
 _REFRESH_FAILURES: Mapping[str, type[CallError]] = {
     error.reason: error for error in (Busy, ProviderMalformed, ProviderTimeout, ProviderUnavailable, RefreshRejected)

@@ -333,13 +333,18 @@ def _failures() -> Iterator[None]:
     try:
         yield
     except httpx.ConnectTimeout as error:
-        raise ConnectTimeout from error
+        raise ConnectTimeout(cause=_cause(error)) from error
     except httpx.TimeoutException as error:
-        raise ProviderTimeout from error
+        raise ProviderTimeout(cause=_cause(error)) from error
     except (httpx.ConnectError, httpx.InvalidURL, UnicodeError) as error:
-        raise NotConnectable from error
+        # Nothing of the request was sent: the text can tell of the address and of TLS only.
+        raise NotConnectable(cause=str(error)) from error
     except httpx.TransportError as error:
-        raise ProviderUnavailable from error
+        raise ProviderUnavailable(cause=_cause(error)) from error
+
+
+def _cause(error: Exception) -> str:
+    return type(error).__name__
 
 
 def _read(response: httpx.Response) -> bytes:

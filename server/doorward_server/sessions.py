@@ -11,10 +11,9 @@ from doorward_server.errors import SessionNotFound
 from doorward_server.models import Session, User, to_micros
 
 COOKIE = "doorward_session"
-_FIND = (
-    "SELECT s.id, s.user_id, u.slug FROM sessions s JOIN users u ON u.id = s.user_id "
-    "WHERE s.token_hash = ? AND s.expires_at > ?"
-)
+# Answered by the index sessions_token alone.
+_FIND = "SELECT id, user_id FROM sessions WHERE token_hash = ? AND expires_at > ?"
+_SLUG = "SELECT slug FROM users WHERE id = ?"
 
 
 class SessionUser(NamedTuple):
@@ -22,7 +21,6 @@ class SessionUser(NamedTuple):
 
     session_id: int
     user_id: int
-    slug: str
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,11 @@ class Sessions:
         """The live session that a cookie's value stands for. On the path of every call."""
         row = self.database.fetch_one(_FIND, (fingerprint(cookie), to_micros(self.clock.now())))
         return SessionUser(*row) if row else None
+
+    def slug(self, user: SessionUser) -> str | None:
+        """The slug of a session's user, which few calls ask for."""
+        row = self.database.fetch_one(_SLUG, (user.user_id,))
+        return row[0] if row else None
 
     def list(self, user: User | None = None) -> list[Session]:
         """The live sessions, of one user or of all."""

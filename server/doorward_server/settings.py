@@ -285,6 +285,8 @@ def load(home: Path | None = None, config: Path | None = None) -> Settings:
     """
     home, usual = places(home)
     config = config or usual
+    if not home.is_dir():
+        raise OperatorError(f"there is no home {home}: run `doorward init`, or set DOORWARD_HOME or --home")
     _refuse_unknown_variables()
     if "DOORWARD_CONFIG" in os.environ and not config.exists():
         raise OperatorError(f"there is no settings file {config}: mend DOORWARD_CONFIG or run `doorward init`")

@@ -58,8 +58,7 @@ def test_the_readmes_lines(environment: dict[str, str]) -> None:
         ["bash", "-euc", script], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    # curl ends no line.
-    expected = "created user 1 (ada)\n" + block("The five requests print").replace("\n", "")
+    expected = "created user 1 (ada)\n" + block("The five requests print")
     assert done.stdout == expected
 
 

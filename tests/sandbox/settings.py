@@ -1,7 +1,10 @@
 """Prints the settings file of `make up`: the kai services are the stand-in provider."""
 
 import os
+import re
+import sys
 
+from doorward_server.settings import places
 from tests.sandbox.grants import CLIENT_SECRET, CLIENTS
 
 _HEAD = """\
@@ -11,6 +14,8 @@ _HEAD = """\
 [outbound]
 allow = ["127.0.0.1:{port}"]
 """
+# The head of what `make up` wrote before; other settings are not ours to judge.
+_PORT = re.compile(r"\A# Settings of `make up`.*?127\.0\.0\.1:([0-9]+)", re.DOTALL)
 _PROVIDER = """
 [providers.{kai}]
 kind = "kai"
@@ -32,5 +37,19 @@ def render(port: int) -> str:
     return _HEAD.format(port=port) + "".join(sections)
 
 
+def main() -> None:
+    """Print the settings, unless the home has some that are for another port."""
+    text = os.environ.get("DOORWARD_SANDBOX_PORT") or "9100"
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        sys.exit("DOORWARD_SANDBOX_PORT has to be a port: a number from 1 to 65535")
+    _, config = places()
+    if config.is_file() and (found := _PORT.search(config.read_text())) and found[1] != text:
+        sys.exit(
+            f"{config} is for a stand-in provider on port {found[1]}, but DOORWARD_SANDBOX_PORT says {text}: "
+            "remove the file, or set the variable to what it says"
+        )
+    print(render(int(text)), end="")
+
+
 if __name__ == "__main__":
-    print(render(int(os.environ.get("DOORWARD_SANDBOX_PORT", "9100"))), end="")
+    main()

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from urllib.parse import urlencode
 
 import httpx
@@ -11,9 +10,9 @@ _LINES = """\
 Doorward is up: {gateway}   (the stand-in provider: {provider})
 In another terminal, connect a user's flo account:
 {home}.venv/bin/doorward user create --name Ada
-COOKIE=$(.venv/bin/doorward session create --user ada)
+SESSION=$(.venv/bin/doorward session create --user ada)
 CODE=$(curl -sSL -d '{consent}' {provider}/authorize)
-COOKIE="Cookie: doorward_session=$COOKIE" JSON='Content-Type: application/json'
+COOKIE="Cookie: doorward_session=$SESSION" JSON='Content-Type: application/json'
 FLO={gateway}/api/v1/users/me/integrations/kai/flo
 curl -sS -H "$COOKIE" -H "$JSON" -d "{{\\"code\\": \\"$CODE\\"}}" $FLO/oauth2callback
 curl -sS -H "$COOKIE" $FLO
@@ -39,18 +38,20 @@ def render(gateway: str, provider: str, home: str | None) -> str:
 
 
 def main() -> None:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+    stopped = False
     gateway = f"http://127.0.0.1:{os.environ.get('DOORWARD_GATEWAY_PORT', '8080')}"
     provider = f"http://127.0.0.1:{os.environ.get('DOORWARD_SANDBOX_PORT', '9100')}"
     with httpx.Client(trust_env=False) as client:
         waiting = [f"{gateway}/healthz", f"{provider}/healthz"]
-        while waiting and not stop.wait(0.1):
+        while waiting and not stopped:
+            stopped = signal.sigtimedwait(stop_signals, 0.1) is not None
             waiting = [url for url in waiting if not _answers(client, url)]
     if not waiting:
         print(render(gateway, provider, os.environ.get("DOORWARD_HOME")), flush=True)
-    stop.wait()  # honcho stops everything when one process ends
+    if not stopped:
+        signal.sigwait(stop_signals)  # honcho stops everything when one process ends
 
 
 def _answers(client: httpx.Client, url: str) -> bool:

@@ -16,10 +16,12 @@ CREATE UNIQUE INDEX users_email ON users (lower(email));
 CREATE TABLE sessions (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     user_id INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
-    token_hash BLOB NOT NULL UNIQUE,
+    token_hash BLOB NOT NULL,
     created_at BIGINT NOT NULL,
     expires_at BIGINT NOT NULL
 );
+-- Holds all that authentication reads, on every call.
+CREATE INDEX sessions_token ON sessions (token_hash, expires_at, user_id);
 CREATE INDEX sessions_user ON sessions (user_id);
 CREATE INDEX sessions_expiry ON sessions (expires_at);
 
@@ -48,6 +50,8 @@ CREATE TABLE connections (
     created_at BIGINT NOT NULL,
     UNIQUE (user_id, provider)
 );
+-- Holds all that the status of a connection is read from.
+CREATE INDEX connections_status ON connections (user_id, provider, needs_reauth);
 
 CREATE TABLE code_claims (
     id INTEGER PRIMARY KEY AUTOINCREMENT,

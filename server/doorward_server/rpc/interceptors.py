@@ -33,6 +33,7 @@ class Authenticator:
     """Finds out who calls. Cookies count through the gateway only, service tokens everywhere else only."""
 
     def __init__(self, sessions: Sessions, service_tokens: ServiceTokens) -> None:
+        self.slug_of = sessions.slug
         self._sessions = sessions
         self._service_tokens = service_tokens
 
@@ -146,7 +147,7 @@ class _Call:
             self._policy.authenticate(credentials)
             request = next(requests, b"")
             message = self._parse_message(request)
-            self._policy.authorise(caller, message)
+            self._policy.authorise(caller, message, self._authenticator.slug_of)
             if b"\0" in request and _holds_nul(message):
                 raise MalformedRequest
             current_caller.set(caller)
@@ -179,6 +180,7 @@ class _Call:
             method=self._method,
             code=failure.code if failure else "OK",
             reason=failure.reason if failure else None,
+            cause=failure.cause if failure else None,
             ms=round((time.perf_counter() - started) * 1000, 3),
             caller=_name(caller),
             request_id=request_id,

@@ -1,6 +1,6 @@
 """Who may call what: the policies that the protos declare, and the one place that judges by them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,16 +61,15 @@ class Policy:
         else:
             self._require_service(credentials)
 
-    def authorise(self, caller: Caller | None, message: Message) -> None:
-        """Refuse a message that names a user other than the caller."""
-        if _SELF_SESSION in self.callers:
-            user_id: str = message.user_id  # type: ignore[attr-defined]
-            if not isinstance(caller, SessionUser) or user_id not in (
-                ME,
-                caller.slug,
-                str(caller.user_id),
-            ):
-                raise NotSelf
+    def authorise(self, caller: Caller | None, message: Message, slug_of: Callable[[SessionUser], str | None]) -> None:
+        """Refuse a message that names a user other than the caller: by `me`, the id or the slug."""
+        if _SELF_SESSION not in self.callers:
+            return
+        user_id: str = message.user_id  # type: ignore[attr-defined]
+        if not isinstance(caller, SessionUser):
+            raise NotSelf
+        if user_id not in (ME, str(caller.user_id)) and user_id != slug_of(caller):
+            raise NotSelf
 
     def _require_session(self, credentials: Credentials) -> None:
         origin = credentials.origin
