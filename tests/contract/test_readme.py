@@ -73,6 +73,18 @@ def test_a_second_init_changes_nothing(environment: dict[str, str]) -> None:
     assert before == {name: (home / name).read_bytes() for name in before}
 
 
+def test_a_changed_port_of_the_stand_in_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    """The settings of an earlier `make up` are for its port: sending codes elsewhere would only confuse."""
+    environment = {**environment, "DOORWARD_HOME": str(tmp_path)}
+    command = [str(BIN / "python"), "-m", "tests.sandbox.settings"]
+    text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "doorward.toml").write_text(text)
+    changed = {**environment, "DOORWARD_SANDBOX_PORT": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=changed, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"is for a stand-in provider on port {environment['DOORWARD_SANDBOX_PORT']}" in done.stderr
+
+
 def test_every_setting_is_documented() -> None:
     documented = (ROOT / "docs" / "settings.md").read_text()
     sections = {name: field.annotation for name, field in server_settings.Settings.model_fields.items()}

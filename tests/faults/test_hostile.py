@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -109,6 +110,15 @@ def test_a_log_that_nobody_reads(hostile_stack: Stack) -> None:
     finally:
         server.terminate()
         assert server.wait(10) == 0
+
+
+@pytest.mark.parametrize("program", ["server", "gateway"])
+def test_a_burst_of_signals_is_one(hostile_stack: Stack, program: str) -> None:
+    """Supervisors signal a process and its group: many signals at once stop it as one does."""
+    with hostile_stack.server() if program == "server" else hostile_stack.gateway() as process:
+        for number in [signal.SIGTERM, signal.SIGINT] * 20:
+            process.signal(number)
+        assert process.wait() == 0
 
 
 def test_a_successor_keeps_its_socket(hostile_stack: Stack) -> None:

@@ -171,13 +171,20 @@ def test_the_environment(
 
 
 def test_the_home_given_wins_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
     monkeypatch.setenv("DOORWARD_HOME", str(tmp_path / "other"))
     assert settings_module.load(tmp_path).home == tmp_path
     assert settings_module.load().home == tmp_path / "other"
 
 
+def test_a_home_that_is_missing_is_named_with_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError, match=r"there is no home .*/x: run `doorward init`"):
+        settings_module.load(tmp_path / "x")
+
+
 def test_a_relative_home_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
     assert settings_module.load(Path("x")).home == tmp_path / "x"
     assert settings_module.places(Path("x")) == (tmp_path / "x", tmp_path / "x" / "doorward.toml")
 
