@@ -46,9 +46,9 @@ class Launcher:
         gateway = self._settings.gateway
         _refuse_used_port(gateway.host, gateway.port, "DOORWARD_GATEWAY_PORT")
         _refuse_used_port("127.0.0.1", gateway.admin_port, "DOORWARD_GATEWAY_ADMIN_PORT")
-        # Waited for, not handled: a handler that interrupts itself, by a second signal, may deadlock.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with self._config_file() as config:
+            # Waited for, not handled: a handler that interrupts itself, by a second signal, may deadlock.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             # A session of its own: Ctrl-C is for the launcher, which then drains.
             envoy = subprocess.Popen(self._command(config), start_new_session=True, preexec_fn=_prepare_child)  # noqa: S603, PLW1509
             number = self._await_ready()

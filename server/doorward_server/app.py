@@ -189,9 +189,16 @@ class Server:
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
-        settings, log = self.app.settings, self.app.log
         # Waited for, not handled: a handler that interrupts itself, by a second signal, may deadlock.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            self._serve(on_ready)
+        except OperatorError:  # after a drain, further signals must not count any more
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            raise
+
+    def _serve(self, on_ready: Callable[[dict[str, Any]], None] | None) -> None:
+        settings, log = self.app.settings, self.app.log
         stop = threading.Event()
         self.app.record_key()
         health_servicer = health.HealthServicer()
