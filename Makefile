@@ -29,7 +29,7 @@ test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest
 
 soak: $(STAMP)  ## run the fault tests at their full counts
-	$(BIN)/python -m pytest --soak tests/faults
+	$(BIN)/python -m pytest --soak -rP tests/faults
 
 bench: $(STAMP)  ## measure, and print a table
 	$(BIN)/python -m tests.bench
