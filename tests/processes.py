@@ -95,4 +95,5 @@ def running(
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without settings of Doorward's, and with the given ones."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DOORWARD_")}
-    return {**inherited, "PYTHONWARNINGS": "error", **extra}
+    # Python 3.13 calls a thread's own connection unclosed when the process ends.
+    return {**inherited, "PYTHONWARNINGS": "error,ignore:unclosed database:ResourceWarning", **extra}
