@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import peewee
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -173,9 +172,8 @@ class App:
                     f"not at hand (there is {', '.join(self.keys.ids)}): restore that key from a backup, as a further "
                     "line of the key file"
                 )
-            with contextlib.suppress(peewee.IntegrityError):
-                if self.keys.sealing_id not in used:
-                    MasterKeyUse.create(key_id=self.keys.sealing_id, first_used_at=self.clock.now())
+            if self.keys.sealing_id not in used:
+                MasterKeyUse.create(key_id=self.keys.sealing_id, first_used_at=self.clock.now())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 1 << 20),
+    ("grpc.max_metadata_size", 96 << 10),
+    ("grpc.absolute_max_metadata_size", 128 << 10),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
