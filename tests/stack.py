@@ -42,14 +42,31 @@ redirect_uri = "http://127.0.0.1/app/callback"
 token_auth = "{auth}"
 timeout = {timeout}
 """
+# `nested` takes access tokens only, and its ids are numbers.
+_IDENTITY_PROVIDERS = """
+[providers.sandbox]
+kind = "identity"
+token_url = "{url}/token"
+lookup_url = "{url}/lookup?access_token={{access_token}}"
+client_id = "sandbox-client"
+client_secret = "sandbox-secret"
+redirect_uri = "http://127.0.0.1/app/callback"
+timeout = {timeout}
+[providers.nested]
+kind = "identity"
+lookup_url = "{url}/lookup?access_token=<%= accessToken %>"
+lookup_id_property = "profile.id"
+timeout = {timeout}
+"""
 
 
 def settings_text(provider: SandboxProvider, more: str = "") -> str:
-    """Settings with flo and min (which authenticates by Basic) at the provider; eag is left out."""
+    """Settings with flo, min (which authenticates by Basic) and two to log in with at the provider; eag is left out."""
     sections = [
         _PROVIDER.format(kai=kai, url=provider.url, auth=auth, timeout=TIMEOUT)
         for kai, auth in (("flo", "client_secret_post"), ("min", "client_secret_basic"))
     ]
+    sections.append(_IDENTITY_PROVIDERS.format(url=provider.url, timeout=TIMEOUT))
     return more + _SETTINGS.format(address=provider.address, lease=LEASE) + "".join(sections)
 
 

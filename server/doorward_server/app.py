@@ -1,6 +1,5 @@
 """The one place where settings become objects, and the server's life from start to drain."""
 
-import contextlib
 import gc
 import signal
 import socket
@@ -17,18 +16,26 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from doorward.identity.v1 import identity_service_pb2, identity_service_pb2_grpc
 from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
 from doorward_server import models
+from doorward_server.accounts import Accounts
+from doorward_server.clients import ApiClients
 from doorward_server.clock import Clock
 from doorward_server.crypto import KeyRing
 from doorward_server.database import Database, open_database
 from doorward_server.errors import OperatorError
+from doorward_server.failures import FailureLimit
+from doorward_server.identities import Identities
 from doorward_server.integrations import REVOCATION, Integrations
 from doorward_server.jobs import Jobs, RetryPolicy, Worker
-from doorward_server.logs import Log, make_log
+from doorward_server.logs import Log, describe, make_log
 from doorward_server.models import MasterKeyUse
 from doorward_server.oauth import OAuth
 from doorward_server.outbound import Bulkhead, Outbound
+from doorward_server.provider_registry import ProviderRegistry
+from doorward_server.rpc.headers import SetCookie
+from doorward_server.rpc.identity import IdentityServicer
 from doorward_server.rpc.integration import IntegrationServicer
 from doorward_server.rpc.interceptors import Authenticator, CallInterceptor
 from doorward_server.rpc.policy import read_policies
@@ -37,7 +44,10 @@ from doorward_server.sessions import Sessions
 from doorward_server.settings import Settings
 from doorward_server.users import Users
 
-SERVICES = [integration_service_pb2.DESCRIPTOR.services_by_name["IntegrationService"]]
+SERVICES = [
+    integration_service_pb2.DESCRIPTOR.services_by_name["IntegrationService"],
+    identity_service_pb2.DESCRIPTOR.services_by_name["IdentityService"],
+]
 CHANNEL_OPTIONS = [
     ("grpc.so_reuseport", 0),  # else a second server takes the same port without a word
     ("grpc.max_receive_message_length", 1 << 20),
@@ -91,6 +101,18 @@ class App:
         return ServiceTokens(self.database, self.clock)
 
     @cached_property
+    def clients(self) -> ApiClients:
+        return ApiClients(self.database, self.clock)
+
+    @cached_property
+    def failures(self) -> FailureLimit:
+        return FailureLimit(self.settings.limits.auth_failures, self.clock)
+
+    @cached_property
+    def providers(self) -> ProviderRegistry:
+        return ProviderRegistry(self.database, self.clock, self.keys, self.settings.providers)
+
+    @cached_property
     def outbound(self) -> Outbound:
         outbound, grpc_section = self.settings.outbound, self.settings.grpc
         bulkhead = Bulkhead(
@@ -107,6 +129,10 @@ class App:
         )
 
     @cached_property
+    def oauth(self) -> OAuth:
+        return OAuth(self.outbound)
+
+    @cached_property
     def jobs(self) -> Jobs:
         return Jobs(self.database, self.clock, self.keys)
 
@@ -116,14 +142,30 @@ class App:
             database=self.database,
             clock=self.clock,
             keys=self.keys,
-            oauth=OAuth(self.outbound),
+            oauth=self.oauth,
             bulkhead=self.outbound.bulkhead,
             jobs=self.jobs,
             users=self.users,
-            providers=self.settings.providers,
+            providers=self.providers,
             lease=timedelta(seconds=self.settings.refresh.lease),
             log=self.log,
         )
+
+    @cached_property
+    def identities(self) -> Identities:
+        return Identities(
+            database=self.database,
+            clock=self.clock,
+            oauth=self.oauth,
+            providers=self.providers,
+            users=self.users,
+            sessions=self.sessions,
+            failures=self.failures,
+        )
+
+    @cached_property
+    def accounts(self) -> Accounts:
+        return Accounts(self.database, self.users, self.identities, self.integrations, self.sessions)
 
     @cached_property
     def worker(self) -> Worker:
@@ -151,7 +193,7 @@ class App:
     def _make_interceptor(self, *, whole_messages: bool) -> CallInterceptor:
         return CallInterceptor(
             read_policies(SERVICES, self.settings.origins),
-            Authenticator(self.sessions, self.service_tokens),
+            Authenticator(self.sessions, self.service_tokens, self.clients, self.failures),
             self.log,
             access_log=self.settings.log.access,
             whole_messages=whole_messages,
@@ -161,6 +203,18 @@ class App:
         integration_service_pb2_grpc.add_IntegrationServiceServicer_to_server(
             IntegrationServicer(self.integrations), server
         )
+        set_cookie = SetCookie(self.sessions.lifetime, self.settings.is_https)
+        identity_service_pb2_grpc.add_IdentityServiceServicer_to_server(
+            IdentityServicer(self.accounts, self.identities, self.sessions, self.users, set_cookie), server
+        )
+
+    def check_providers(self) -> None:
+        """Refuse providers that the settings, which may have changed, leave too little time for."""
+        for provider in self.providers.list():
+            try:
+                self.settings.check_timeouts(provider)
+            except ValueError as error:
+                raise OperatorError(str(error)) from None
 
     def record_key(self) -> None:
         """Write down that values are sealed with this key; refuse to go on without a key that was used before."""
@@ -199,6 +253,7 @@ class Server:
         settings, log = self.app.settings, self.app.log
         stop = threading.Event()
         self.app.record_key()
+        self.app.check_providers()
         health_servicer = health.HealthServicer()
         for_services = self._build(self.app.interceptor, health_servicer)
         for_gateway = self._build(self.app.gateway_interceptor, health_servicer)
@@ -246,8 +301,10 @@ class Server:
     def _sweep(self, stop: threading.Event) -> None:
         while not stop.wait(_SWEEP_SECONDS):
             for sweep in (self.app.sessions.sweep, self.app.integrations.sweep):
-                with contextlib.suppress(Exception):
+                try:
                     sweep()
+                except Exception as error:  # noqa: BLE001 - the next round may succeed
+                    self.app.log.error("sweep failed", **describe(error))
 
 
 def _spare_the_collector() -> None:

@@ -5,13 +5,17 @@
     ├── GrantRefused                  the provider's `invalid_grant`: for the refresh that met it, not for callers
     └── CallError                     what a caller is told: a gRPC code's name, a reason, a safe message
         ├── InvalidArgument           MalformedRequest, UnknownKaiType, CodeRequired, CodeRejected,
-        │                             InvalidMinTtl, InvalidName, InvalidEmail
+        │                             InvalidMinTtl, InvalidName, InvalidEmail, InvalidField,
+        │                             ProviderRequired, TokenOrCodeRequired, TokenOrCodeTooLong,
+        │                             ProviderHasNoTokenUrl, LookupRejected, LookupWithoutId
         ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected
-        ├── Unauthenticated           NoSession, NoServiceToken
+        ├── Unauthenticated           NoSession, NoServiceToken, NoApiClient
         ├── PermissionDenied          SessionRequired, NotSelf, OriginNotAllowed, ServiceTokenRequired,
-        │                             RoleRequired
-        ├── NotFound                  NoConnection, UserNotFound, SessionNotFound, ServiceTokenNotFound
-        ├── AlreadyExists             SlugTaken, EmailTaken
+        │                             RoleRequired, NotYourUser
+        ├── NotFound                  NoConnection, UserNotFound, SessionNotFound, ServiceTokenNotFound,
+        │                             ApiClientNotFound, ProviderNotFound, IdentityNotFound, NoSuchIdentity
+        ├── AlreadyExists             SlugTaken, EmailTaken, IdentityTaken
+        ├── ResourceExhausted         TooManyFailures
         ├── Aborted                   NotConnected, CodeAlreadyUsed
         ├── Unavailable               ProviderUnavailable, ProviderMalformed, Busy, StorageUnavailable
         ├── DeadlineExceeded          ProviderTimeout
@@ -41,11 +45,13 @@ class CallError(DoorwardError):
     """An answer to a caller.
 
     `code` is the name of a gRPC status code, `reason` the ErrorInfo reason, `message` safe to show.
+    `challenge` tells HTTP callers how to authenticate (RFC 9110, section 11.6.1).
     """
 
     code: ClassVar[str]
     reason: ClassVar[str]
     message: ClassVar[str]
+    challenge: ClassVar[str | None] = None
 
     def __init__(self, metadata: Mapping[str, str] | None = None, *, cause: str | None = None) -> None:
         """`metadata` is for the caller; `cause` says more, for the log only."""
@@ -93,6 +99,41 @@ class InvalidEmail(InvalidArgument):
     message = "the e-mail address is not valid"
 
 
+class InvalidField(InvalidArgument):
+    reason = "INVALID_FIELD"
+    message = "a field has a value that it cannot have"
+
+
+class ProviderRequired(InvalidArgument):
+    reason = "PROVIDER_REQUIRED"
+    message = "`provider` is required: a string that is not empty"
+
+
+class TokenOrCodeRequired(InvalidArgument):
+    reason = "TOKEN_OR_CODE_REQUIRED"
+    message = "`accessToken` or `code` is required: a string that is not empty"
+
+
+class TokenOrCodeTooLong(InvalidArgument):
+    reason = "TOKEN_OR_CODE_TOO_LONG"
+    message = "`accessToken` and `code` are at most 16384 bytes long"
+
+
+class ProviderHasNoTokenUrl(InvalidArgument):
+    reason = "PROVIDER_HAS_NO_TOKEN_URL"
+    message = "this provider takes no code: send an `accessToken`"
+
+
+class LookupRejected(InvalidArgument):
+    reason = "LOOKUP_REJECTED"
+    message = "the provider refused the lookup with this access token"
+
+
+class LookupWithoutId(InvalidArgument):
+    reason = "LOOKUP_WITHOUT_ID"
+    message = "the provider's lookup gave no id"
+
+
 class FailedPrecondition(CallError):
     code = "FAILED_PRECONDITION"
 
@@ -126,6 +167,12 @@ class NoServiceToken(Unauthenticated):
     message = "a valid service token is required: `authorization: Bearer ...`"
 
 
+class NoApiClient(Unauthenticated):
+    reason = "NO_API_CLIENT"
+    message = "the id and secret of an enabled API client are required, by HTTP Basic"
+    challenge = 'Basic realm="doorward"'
+
+
 class PermissionDenied(CallError):
     code = "PERMISSION_DENIED"
 
@@ -155,6 +202,11 @@ class RoleRequired(PermissionDenied):
     message = "the service token lacks the role that this call needs"
 
 
+class NotYourUser(PermissionDenied):
+    reason = "NOT_YOUR_USER"
+    message = "this API client did not create the user"
+
+
 class NotFound(CallError):
     code = "NOT_FOUND"
 
@@ -179,6 +231,26 @@ class ServiceTokenNotFound(NotFound):
     message = "there is no such service token"
 
 
+class ApiClientNotFound(NotFound):
+    reason = "API_CLIENT_NOT_FOUND"
+    message = "there is no such API client"
+
+
+class ProviderNotFound(NotFound):
+    reason = "PROVIDER_NOT_FOUND"
+    message = "there is no such provider"
+
+
+class IdentityNotFound(NotFound):
+    reason = "IDENTITY_NOT_FOUND"
+    message = "the user has no such identity"
+
+
+class NoSuchIdentity(NotFound):
+    reason = "NO_SUCH_IDENTITY"
+    message = "no user has this identity"
+
+
 class AlreadyExists(CallError):
     code = "ALREADY_EXISTS"
 
@@ -191,6 +263,22 @@ class SlugTaken(AlreadyExists):
 class EmailTaken(AlreadyExists):
     reason = "EMAIL_TAKEN"
     message = "another user has this e-mail address"
+
+
+class IdentityTaken(AlreadyExists):
+    reason = "IDENTITY_TAKEN"
+    message = "the identity is another user's"
+
+
+class ResourceExhausted(CallError):
+    code = "RESOURCE_EXHAUSTED"
+
+
+class TooManyFailures(ResourceExhausted):
+    """The metadata's `retry_after` is in seconds."""
+
+    reason = "TOO_MANY_FAILURES"
+    message = "too many failed attempts: try again later"
 
 
 class Aborted(CallError):

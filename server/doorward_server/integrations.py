@@ -39,6 +39,7 @@ from doorward_server.logs import Log
 from doorward_server.models import CodeClaim, Connection
 from doorward_server.oauth import OAuth, TokenPair
 from doorward_server.outbound import Bulkhead, ConnectTimeout, NotConnectable
+from doorward_server.provider_registry import ProviderRegistry
 from doorward_server.providers import KAI_TYPES, Provider
 from doorward_server.users import Users
 
@@ -77,7 +78,7 @@ class Integrations:
     bulkhead: Bulkhead
     jobs: Jobs
     users: Users
-    providers: Mapping[str, Provider]
+    providers: ProviderRegistry
     lease: timedelta
     log: Log
 
@@ -94,11 +95,16 @@ class Integrations:
             if connection is None:
                 raise NotConnected
             Connection.delete().where(Connection.id == connection.id).execute()
-            try:
-                self._queue_revocation(provider_id, self._open_pair(connection))
-            except CannotOpen:
-                # The user gets rid of it all the same; only the provider cannot be told.
-                self.log.error("connection cannot be opened; it is removed, not revoked", user_id=user_id)
+            self._queue_revocation_of(connection)
+
+    def connections(self, user_id: int) -> list[Connection]:
+        """A user's connections, those that need a new authorization too."""
+        return self.database.fetch_all(Connection.select().where(Connection.user == user_id).order_by(Connection.id))
+
+    def queue_revocations(self, user_id: int) -> None:
+        """Queue the revocation of all the tokens of a user who is being deleted, inside the caller's transaction."""
+        for connection in self.connections(user_id):
+            self._queue_revocation_of(connection)
 
     @storage_failures()
     def connect(self, user_id: int, kai_type: str, code: str) -> None:
@@ -120,6 +126,9 @@ class Integrations:
         try:
             self._insist(store)
         except peewee.IntegrityError:
+            # Deleted meanwhile: what the provider gave us now must not live on.
+            with self.database.writing():
+                self._queue_revocation(provider_id, pair)
             raise UserNotFound from None
 
     @storage_failures()
@@ -137,7 +146,7 @@ class Integrations:
 
     def revoke_at_provider(self, payload: Payload) -> None:
         """The job that follows `revoke`. A refusal (4xx) is final: RFC 7009 has 200 even for unknown tokens."""
-        provider = self.providers.get(payload["provider"])
+        provider = self.providers.find(payload["provider"])
         if provider is None or provider.revocation_url is None:
             raise Abandon("PROVIDER_NOT_CONFIGURED")
         status = self.oauth.revoke(provider, payload["token"], payload["token_type_hint"])
@@ -153,7 +162,7 @@ class Integrations:
             return int(CodeClaim.delete().where(old).execute())
 
     def _kai_provider(self, provider_id: str) -> Provider:
-        provider = self.providers.get(provider_id)
+        provider = self.providers.find(provider_id)
         if provider is None or provider.kind != "kai":
             raise ProviderNotConfigured
         return provider
@@ -266,9 +275,16 @@ class Integrations:
             expires_in=None,
         )
 
+    def _queue_revocation_of(self, connection: Connection) -> None:
+        try:
+            self._queue_revocation(connection.provider, self._open_pair(connection))
+        except CannotOpen:
+            # The user gets rid of it all the same; only the provider cannot be told.
+            self.log.error("connection cannot be opened; it is removed, not revoked", user_id=connection.user_id)
+
     def _queue_revocation(self, provider_id: str, pair: TokenPair) -> None:
         """Inside the caller's transaction. Revoking a refresh token ends its access tokens too (RFC 7009, 2.1)."""
-        provider = self.providers.get(provider_id)
+        provider = self.providers.find(provider_id)
         if provider is None or provider.revocation_url is None:
             return
         token, hint = (
@@ -287,7 +303,7 @@ class Integrations:
                 raise NeedsReauth
             if self._is_fresh(connection, min_ttl) or _has_new_pair(connection, since=first):
                 return self._handed_out(connection)
-            provider = self.providers.get(connection.provider)
+            provider = self.providers.find(connection.provider)
             if provider is None:
                 raise ProviderNotConfigured
             if self._lease_is_free(connection):

@@ -6,6 +6,7 @@ engine; in Python they are aware datetimes.
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +42,88 @@ class TimeField(_BigInteger):
         return None if value is None else from_micros(value)
 
 
+class JsonField(peewee.TextField):
+    """Any JSON value."""
+
+    def db_value(self, value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    def python_value(self, value: str) -> Any:
+        return json.loads(value)
+
+
+class ApiClient(peewee.Model):
+    """Whoever keeps users here over REST."""
+
+    id = peewee.TextField(primary_key=True)
+    name = peewee.TextField()
+    created_at = TimeField()
+    disabled_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "api_clients"
+
+
+class ClientSecret(peewee.Model):
+    """A secret of an API client's, stored as its fingerprint; two are valid while one replaces the other."""
+
+    id = peewee.AutoField()
+    client = peewee.ForeignKeyField(ApiClient)
+    secret_hash = peewee.BlobField()
+    created_at = TimeField()
+    expires_at = TimeField(null=True)  # set when it is replaced
+
+    class Meta:
+        table_name = "client_secrets"
+
+
 class User(peewee.Model):
     id = peewee.AutoField()
     slug = peewee.TextField()
     name = peewee.TextField()
     email = peewee.TextField(null=True)
+    email_key = peewee.TextField(null=True)  # the same whatever the case of the address
+    client = peewee.ForeignKeyField(ApiClient, null=True)  # unset: the operator's own
+    client_id: str | None
+    role = peewee.TextField(default="")
+    license_active = peewee.BooleanField(default=False)
+    license_ends_at = TimeField(null=True)
+    subscription_active = peewee.BooleanField(default=False)
+    subscription_ends_at = TimeField(null=True)
+    stats_games_completed = peewee.IntegerField(default=0)
+    stats_play_time = peewee.FloatField(default=0.0)  # seconds
+    stats_concepts = JsonField(default=dict)
     created_at = TimeField()
 
     class Meta:
         table_name = "users"
+
+
+class OAuthIdentity(peewee.Model):
+    """An account at a provider; the pair of provider and subject is one user's."""
+
+    id = peewee.AutoField()
+    user = peewee.ForeignKeyField(User)
+    user_id: int
+    provider = peewee.TextField()
+    subject = peewee.TextField()
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "oauth_identities"
+
+
+class StoredProvider(peewee.Model):
+    """A provider that was added by command; those of the settings file are not here."""
+
+    id = peewee.AutoField()
+    provider = peewee.TextField()  # its id
+    settings = JsonField()  # without the secret
+    client_secret = peewee.BlobField(null=True)  # sealed
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "providers"
 
 
 class Session(peewee.Model):
@@ -146,7 +220,19 @@ class MasterKeyUse(peewee.Model):
         table_name = "master_keys"
 
 
-_MODELS = (User, Session, ServiceToken, Connection, CodeClaim, Job, MasterKeyUse)
+_MODELS = (
+    ApiClient,
+    ClientSecret,
+    User,
+    OAuthIdentity,
+    StoredProvider,
+    Session,
+    ServiceToken,
+    Connection,
+    CodeClaim,
+    Job,
+    MasterKeyUse,
+)
 
 
 def bind(database: Database) -> None:

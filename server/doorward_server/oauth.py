@@ -1,4 +1,4 @@
-"""The OAuth 2 client: exchanges codes, refreshes and revokes tokens at a provider (RFC 6749, 7009).
+"""The OAuth 2 client: exchanges codes, refreshes and revokes tokens, looks up accounts (RFC 6749, 7009).
 
 Imports `outbound`, `providers` and `errors`.
 """
@@ -9,12 +9,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, TypeGuard
 from urllib.parse import quote_plus
 
 from doorward_server.errors import (
     CodeRejected,
     GrantRefused,
+    LookupRejected,
+    LookupWithoutId,
     ProviderMalformed,
     ProviderNotConfigured,
     ProviderUnavailable,
@@ -29,6 +32,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _LONGEST_LIFE = 10 * 365 * 86400.0
 _TOO_MANY_REQUESTS = 429
+_LONGEST_ACCOUNT_ID = 255
+
+
+class NoTokenGranted(ProviderMalformed):
+    """The token endpoint answered 2xx without an access token; the metadata's `error`, if any, is its OAuth error."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,11 @@ class OAuth:
     def exchange_code(self, provider: Provider, code: str) -> TokenPair:
         """Trade a code for tokens (RFC 6749, section 4.1.3). Not to be repeated with the same code.
 
-        Raises CodeRejected on a 4xx, else what `Outbound.request` raises.
+        Raises CodeRejected on a 4xx, NoTokenGranted, else what `Outbound.request` raises.
         """
-        grant = {
-            "grant_type": "authorization_code",
-            "code": code,
-            "redirect_uri": provider.redirect_uri or "",
-        }
+        grant = {"grant_type": "authorization_code", "code": code}
+        if provider.redirect_uri is not None:
+            grant["redirect_uri"] = provider.redirect_uri
         answer = self._token_request(provider, grant)
         if _is_client_error(answer.status):
             raise CodeRejected(_metadata(_error_code(answer)))
@@ -74,6 +80,20 @@ class OAuth:
             error = _error_code(answer)
             raise GrantRefused if error == "invalid_grant" else RefreshRejected(_metadata(error))
         return _token_pair(answer)
+
+    def look_up(self, provider: Provider, access_token: str) -> str:
+        """The id of the account that an access token is for, by the provider's lookup URL.
+
+        Raises LookupRejected on a 4xx, LookupWithoutId, else what `Outbound.request` raises.
+        """
+        answer = self._request(provider, "GET", provider.lookup_url_for(access_token))
+        if _is_client_error(answer.status):
+            raise LookupRejected
+        if answer.status >= 500:  # noqa: PLR2004
+            raise ProviderUnavailable
+        if not 200 <= answer.status < 300:  # noqa: PLR2004
+            raise ProviderMalformed
+        return _account_id(answer.body, provider.lookup_id_property)
 
     def revoke(self, provider: Provider, token: str, token_type_hint: str) -> int:
         """Ask the provider to revoke a token (RFC 7009, section 2.1); returns the answer's status."""
@@ -99,15 +119,13 @@ class OAuth:
                 headers["authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
             case "none":
                 form |= {"client_id": client_id}
-        return self._outbound.request(
-            method,
-            url,
-            provider_id=provider.id,
-            timeouts=Timeouts(provider.connect_timeout, provider.read_timeout, provider.timeout),
-            headers=headers,
-            form=form if method == "POST" else None,
-            query=form if method == "GET" else None,
-        )
+        if method == "GET":
+            return self._request(provider, method, url, headers=headers, query=form)
+        return self._request(provider, method, url, headers=headers, form=form)
+
+    def _request(self, provider: Provider, method: str, url: str, **parts: Mapping[str, str]) -> Answer:
+        timeouts = Timeouts(provider.connect_timeout, provider.read_timeout, provider.timeout)
+        return self._outbound.request(method, url, provider_id=provider.id, timeouts=timeouts, **parts)
 
 
 def _is_client_error(status: int) -> bool:
@@ -120,10 +138,13 @@ def _token_pair(answer: Answer) -> TokenPair:
         raise ProviderUnavailable
     if not 200 <= answer.status < 300:  # noqa: PLR2004
         raise ProviderMalformed
-    members = _json_object(answer.body)
+    try:
+        members = _json_object(answer.body)
+    except ProviderMalformed:
+        raise NoTokenGranted from None
     access_token, refresh_token = members.get("access_token"), members.get("refresh_token")
     if not _is_token(access_token):
-        raise ProviderMalformed
+        raise NoTokenGranted(_metadata(_error_code(answer)))
     return TokenPair(
         access_token=access_token,
         refresh_token=refresh_token if _is_token(refresh_token) else None,
@@ -140,6 +161,33 @@ def _is_token(value: object) -> TypeGuard[str]:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _account_id(body: bytes, path: str) -> str:
+    """The id at a dotted path of a lookup's answer, a number as its decimal text. Raises LookupWithoutId."""
+    try:
+        value: object = json.loads(body.decode(), parse_float=Decimal, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError, ArithmeticError):
+        raise LookupWithoutId from None
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, int | Decimal) and not isinstance(value, bool):
+        value = _decimal_text(Decimal(value))
+    if not _is_token(value) or len(value) > _LONGEST_ACCOUNT_ID:
+        raise LookupWithoutId
+    return value
+
+
+def _decimal_text(number: Decimal) -> str:
+    """The shortest decimal text of a number, so that 7, 7.0 and 7e0 are the same; "" for zero and what is too long."""
+    if not number or number.adjusted() > _LONGEST_ACCOUNT_ID or number.adjusted() < -_LONGEST_ACCOUNT_ID:
+        return ""
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _seconds(value: object) -> float | None:

@@ -1,4 +1,4 @@
-"""Provider: an OAuth 2 service that users connect to, as the operator described it.
+"""Provider: an OAuth 2 service that users connect to or log in with, as the operator described it.
 
 Imports nothing of the project.
 """
@@ -7,7 +7,7 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import idna
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 KAI_TYPES = ("flo", "min", "eag")
 _NO_BLANKS = re.compile(r"[^\s\x00-\x1f\x7f]+")
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
+# `<%= accessToken %>` is how templates of other programs write it.
+_PLACEHOLDER = re.compile(r"\{access_token\}|<%=\s*accessToken\s*%>")
 _PROVIDER_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -39,7 +41,24 @@ def _is_host(host: str) -> bool:
     return bool(idna.encode(host, uts46=True))
 
 
+def _lookup_template(template: str) -> str:
+    """A URL with the access token's place in its path or query: in no other part would it be safe."""
+    marker = "doorward-access-token"
+    url = _http_url(_PLACEHOLDER.sub(marker, template))
+    if marker not in url or marker in urlsplit(url).netloc:
+        raise ValueError("it has to hold {access_token} in its path or query, where the access token is to be put")
+    return template
+
+
+def _dotted_name(path: str) -> str:
+    if not all(path.split(".")):
+        raise ValueError("it has to be a member's name, or several with a dot between them")
+    return path
+
+
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+DottedName = Annotated[str, AfterValidator(_dotted_name)]
+LookupTemplate = Annotated[str, AfterValidator(_lookup_template)]
 
 
 class Provider(BaseModel):
@@ -54,8 +73,10 @@ class Provider(BaseModel):
     token_url: HttpUrl | None = None
     # Where tokens are revoked when a user disconnects (RFC 7009); without it nothing is sent.
     revocation_url: HttpUrl | None = None
-    lookup_url: str | None = None
-    lookup_id_property: str = "id"
+    # Answers whose account an access token is for: an http(s) URL with {access_token} in its path or query.
+    lookup_url: LookupTemplate | None = None
+    # Where the account's id stands in that answer; `a.b` is the member b of the object a.
+    lookup_id_property: DottedName = "id"
     client_id: str | None = None
     client_secret: SecretStr | None = Field(None, min_length=1)
     # A file that holds the secret, relative to the settings file.
@@ -65,7 +86,7 @@ class Provider(BaseModel):
     token_method: Literal["post", "get"] = "post"  # noqa: S105
     redirect_uri: HttpUrl | None = None
     scopes: tuple[str, ...] = ()
-    # The whole exchange, from the name lookup to the last byte.
+    # One request, from the name lookup to the last byte.
     timeout: float = Field(5.0, gt=0, le=60)
     connect_timeout: float = Field(2.0, gt=0, le=60)
     # Between two bytes of the answer.
@@ -92,6 +113,15 @@ class Provider(BaseModel):
         if self.token_auth != "none" and self.client_secret_file is None:  # noqa: S105
             required.append("client_secret")
         return required
+
+    @property
+    def longest_call(self) -> float:
+        """Seconds that one call may wait for it: an exchange of the code, then a lookup."""
+        return self.timeout * (2 if self.token_url and self.lookup_url else 1)
+
+    def lookup_url_for(self, access_token: str) -> str:
+        """The lookup URL with a token in its place, percent-encoded."""
+        return _PLACEHOLDER.sub(quote(access_token, safe=""), self.lookup_url or "")
 
     @property
     def secret(self) -> str:

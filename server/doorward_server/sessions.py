@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
+import peewee
+
 from doorward_server.clock import Clock
 from doorward_server.crypto import fingerprint, make_secret
 from doorward_server.database import Database
-from doorward_server.errors import SessionNotFound
+from doorward_server.errors import SessionNotFound, UserNotFound
 from doorward_server.models import Session, User, to_micros
 
 COOKIE = "doorward_session"
@@ -31,16 +33,24 @@ class Sessions:
     clock: Clock
     lifetime: timedelta
 
-    def create(self, user: User) -> tuple[Session, str]:
-        """Start a session; returns it and the cookie's value, which is stored nowhere."""
+    def create(self, user: User, replacing: str | None = None) -> tuple[Session, str]:
+        """Start a session; returns it and the cookie's value, which is stored nowhere. Raises UserNotFound.
+
+        `replacing` is a cookie's value, whose session ends in the same step.
+        """
         cookie, now = make_secret(), self.clock.now()
-        with self.database.writing():
-            session = Session.create(
-                user=user,
-                token_hash=fingerprint(cookie),
-                created_at=now,
-                expires_at=now + self.lifetime,
-            )
+        try:
+            with self.database.writing():
+                if replacing:
+                    Session.delete().where(Session.token_hash == fingerprint(replacing)).execute()
+                session = Session.create(
+                    user=user,
+                    token_hash=fingerprint(cookie),
+                    created_at=now,
+                    expires_at=now + self.lifetime,
+                )
+        except peewee.IntegrityError:
+            raise UserNotFound from None
         return session, cookie
 
     def find(self, cookie: str) -> SessionUser | None:
@@ -65,6 +75,16 @@ class Sessions:
         with self.database.writing():
             if not Session.delete().where(Session.id == session_id).execute():
                 raise SessionNotFound
+
+    def log_out(self, caller: SessionUser) -> None:
+        """End the session that a call came with; another call may have done so meanwhile."""
+        with self.database.writing():
+            Session.delete().where(Session.id == caller.session_id).execute()
+
+    def log_out_everywhere(self, caller: SessionUser) -> None:
+        """End all sessions of the user whose session a call came with."""
+        with self.database.writing():
+            Session.delete().where(Session.user == caller.user_id).execute()
 
     def sweep(self) -> int:
         """Delete the expired sessions; returns how many."""

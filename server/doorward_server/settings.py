@@ -36,6 +36,8 @@ PREFIX = "DOORWARD_"
 # Variables that are not judged by name: other programs' (the launcher, the bot, the stand-ins of
 # `make up`) and those whose names the operator chooses.
 _OPEN = tuple(f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "LIMITS", "CALLBACKS"))
+# Read by one command only: the secret of a provider that is added.
+CLIENT_SECRET_VARIABLE = f"{PREFIX}CLIENT_SECRET"
 # The longest path that a Unix socket's address holds (sun_path, less its final NUL).
 _SOCKET_PATH_BYTES = 107
 
@@ -147,6 +149,15 @@ class JobsSection(Section):
     threads: int = Field(4, ge=1, le=64)
 
 
+class LimitsSection(Section):
+    """What one caller may do; 0: no limit."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)  # keys of services to come
+
+    # Failed log-ins and wrong Basic credentials a minute, per client id and address.
+    auth_failures: int = Field(30, ge=0)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -176,10 +187,10 @@ class Settings(BaseSettings):
     refresh: RefreshSection = RefreshSection()
     sessions: SessionsSection = SessionsSection()
     jobs: JobsSection = JobsSection()
+    limits: LimitsSection = LimitsSection()
     providers: dict[str, Provider] = {}
-    # Sections of services to come; nothing reads them yet.
+    # A section of a service to come; nothing reads it yet.
     callbacks: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
 
     @classmethod
     def settings_customise_sources(
@@ -213,16 +224,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _is_consistent(self) -> "Settings":
         for provider in self.providers.values():
-            for name, longer in (
-                ("[gateway] timeout", self.gateway.timeout),
-                ("[refresh] lease", self.refresh.lease),
-                ("[jobs] lease", self.jobs.lease),
-            ):
-                if provider.timeout >= longer:
-                    raise ValueError(
-                        f"[providers.{provider.id}] timeout ({provider.timeout:g} s) has to be shorter than "
-                        f"{name} ({longer:g} s): lower the one or raise the other"
-                    )
+            self.check_timeouts(provider)
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         if not self.database_url.startswith("sqlite:////"):
@@ -237,6 +239,20 @@ class Settings(BaseSettings):
             )
         return self
 
+    def check_timeouts(self, provider: Provider) -> None:
+        """Raise ValueError when a provider may take longer than those who wait for it."""
+        for name, longer, seconds, what in (
+            ("[gateway] timeout", self.gateway.timeout, provider.longest_call, "the exchange and the lookup together"),
+            ("[refresh] lease", self.refresh.lease, provider.timeout, ""),
+            ("[jobs] lease", self.jobs.lease, provider.timeout, ""),
+        ):
+            if seconds >= longer:
+                twice = f", {seconds:g} s for {what}," if seconds > provider.timeout else ""
+                raise ValueError(
+                    f"[providers.{provider.id}] timeout ({provider.timeout:g} s){twice} has to be shorter than "
+                    f"{name} ({longer:g} s): lower the one or raise the other"
+                )
+
     @property
     def database_url(self) -> str:
         return self.database.url or f"sqlite:///{self.home / 'doorward.db'}"
@@ -248,6 +264,11 @@ class Settings(BaseSettings):
     @property
     def key_file(self) -> Path:
         return self.master_key_file or self.home / "master.key"
+
+    @property
+    def is_https(self) -> bool:
+        """Whether browsers come by TLS."""
+        return self.public_url is not None and self.public_url.lower().startswith("https:")
 
     @property
     def origins(self) -> frozenset[str]:
@@ -262,6 +283,11 @@ def _origin(url: str) -> str:
     default = {"http": 80, "https": 443}.get(parts.scheme)
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in (None, default) else "")
+
+
+def client_secret_variable() -> str | None:
+    """The secret for `provider add`, if it stands in the environment."""
+    return os.environ.get(CLIENT_SECRET_VARIABLE) or None
 
 
 def default_home() -> Path:
@@ -332,7 +358,7 @@ def _known_variables() -> set[str]:
 
 
 def _refuse_unknown_variables() -> None:
-    known = _known_variables()
+    known = _known_variables() | {CLIENT_SECRET_VARIABLE}
     for name in sorted(os.environ):
         if name.startswith(f"{PREFIX}PROVIDERS"):
             raise OperatorError(

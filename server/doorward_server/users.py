@@ -1,14 +1,28 @@
 """Users: the people whose connections, identities and keys hang together. Imports `models` and below."""
 
 import re
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import peewee
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
 from slugify import slugify
 
 from doorward_server.clock import Clock
 from doorward_server.database import Database
-from doorward_server.errors import EmailTaken, InvalidEmail, InvalidName, SlugTaken, UserNotFound
+from doorward_server.errors import (
+    EmailTaken,
+    InvalidEmail,
+    InvalidField,
+    InvalidName,
+    NotYourUser,
+    SlugTaken,
+    UserNotFound,
+)
 from doorward_server.models import User
 
 # The handle that stands for the session's own user; no slug may shadow it.
@@ -34,16 +48,28 @@ class Users:
     database: Database
     clock: Clock
 
-    def create(self, name: str, email: str | None = None) -> User:
-        """Add a user; the slug comes from the name. Raises InvalidName, InvalidEmail, SlugTaken, EmailTaken."""
-        slug = slugify(name)
-        if not slug or slug.isdigit() or slug == ME or len(name) > _LONGEST_NAME or not name.isprintable():
+    def create(self, name: object, email: object = None, client_id: str | None = None) -> User:
+        """Add a user of an API client's or of the operator's own; the slug comes from the name.
+
+        Raises InvalidName and InvalidEmail, also for what is no text, SlugTaken and EmailTaken.
+        """
+        slug = slugify(name) if isinstance(name, str) and len(name) <= _LONGEST_NAME and name.isprintable() else ""
+        if not slug or slug.isdigit() or slug == ME:
             raise InvalidName
-        if email is not None and not _EMAIL.fullmatch(email):
+        if email in (None, ""):
+            email = None
+        elif not isinstance(email, str) or not _EMAIL.fullmatch(email):
             raise InvalidEmail
         try:
             with self.database.writing():
-                return User.create(slug=slug, name=name, email=email, created_at=self.clock.now())
+                return User.create(
+                    slug=slug,
+                    name=name,
+                    email=email,
+                    email_key=unicodedata.normalize("NFC", email.casefold()) if email else None,
+                    client=client_id,
+                    created_at=self.clock.now(),
+                )
         except peewee.IntegrityError as error:
             raise EmailTaken if "email" in str(error) else SlugTaken from None
 
@@ -56,3 +82,97 @@ class Users:
         for user in self.database.fetch_all(User.select().where(wanted)):
             return user  # type: ignore[no-any-return]
         raise UserNotFound
+
+    def get_of(self, client_id: str, handle: str) -> User:
+        """As `get`, for an API client; raises NotYourUser for a user that it did not create."""
+        user = self.get(handle)
+        if user.client_id != client_id:
+            raise NotYourUser
+        return user
+
+    def update(self, user: User, changes: Mapping[str, object]) -> None:
+        """Set those fields of the profile that a JSON object holds, in one step; null is a field's default.
+
+        The object is as documented for PATCH; members that are not known are ignored. Raises
+        InvalidField, UserNotFound.
+        """
+        try:
+            profile = _Profile.model_validate(changes)
+        except ValidationError as error:
+            path = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise InvalidField({"field": path}) from None
+        columns = profile.columns()
+        if not columns:
+            return
+        with self.database.writing():
+            if not User.update(**columns).where(User.id == user.id).execute():
+                raise UserNotFound
+
+
+# What an API client may set
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, alias_generator=to_camel)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reset_nulls(cls, members: object) -> object:
+        if not isinstance(members, Mapping):
+            return members
+        defaults = {field.alias: field.default for field in cls.model_fields.values()}
+        return {key: _whole_default(defaults.get(key)) if value is None else value for key, value in members.items()}
+
+    def columns(self) -> dict[str, Any]:
+        """The given members, with their paths as columns' names."""
+        columns: dict[str, Any] = {}
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            if isinstance(value, _Document):
+                columns |= {f"{name}_{key}": inner for key, inner in value.columns().items()}
+            else:
+                columns[name] = value
+        return columns
+
+
+def _whole_default(default: object) -> object:
+    """A default with every member of its own named, so that each of them is set."""
+    return default.model_dump(by_alias=True) if isinstance(default, _Document) else default
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 3 may arrive as 3.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _moment(value: object) -> object:
+    """A time with an offset from UTC (ISO 8601)."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError("it has to be a string")  # noqa: TRY004 - what pydantic expects
+    time = datetime.fromisoformat(value)
+    if time.tzinfo is None:
+        raise ValueError("it lacks its offset from UTC")
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is out of range") from None
+
+
+class _Term(_Document):
+    active: bool = False
+    ends_at: Annotated[datetime | None, BeforeValidator(_moment)] = Field(None, alias="ends")
+
+
+class _Stats(_Document):
+    games_completed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**31)] = 0
+    play_time: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    concepts: dict[str, Any] = {}
+
+
+class _Profile(_Document):
+    role: Annotated[str, Field(max_length=64)] = ""
+    license: _Term = _Term()
+    subscription: _Term = _Term()
+    stats: _Stats = _Stats()

@@ -4,6 +4,8 @@ from typing import Any
 
 import httpx
 
+from tests.sandbox.grants import CLIENT_SECRET
+
 _REDIRECT_URI = "http://127.0.0.1/app/callback"
 
 
@@ -30,6 +32,19 @@ class SandboxProvider:
             wanted["code"] = literal
         code: str = self._send("POST", "codes", json=wanted).json()["code"]
         return code
+
+    def access_token(self, user: str = "ada", client: str = "sandbox") -> str:
+        """An access token for a user's account, as if an application had exchanged a code for it."""
+        grant = {
+            "grant_type": "authorization_code",
+            "code": self.code(client, user),
+            "redirect_uri": _REDIRECT_URI,
+            "client_id": f"{client}-client",
+            "client_secret": CLIENT_SECRET,
+        }
+        answer = self._http.post(f"{self.url}/token", data=grant).raise_for_status()
+        token: str = answer.json()["access_token"]
+        return token
 
     def fault(self, endpoint: str, kind: str, **options: Any) -> None:
         """Make the next requests to an endpoint fail."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
-CLIENTS = ("flo-client", "min-client", "eag-client")
+KAI_CLIENTS = ("flo-client", "min-client", "eag-client")
+CLIENTS = (*KAI_CLIENTS, "sandbox-client")
 CLIENT_SECRET = "sandbox-secret"
 CODE_LIFETIME = 60.0
 UNSTATED_LIFETIME = 3600  # of access tokens whose answer leaves `expires_in` out

@@ -1,11 +1,11 @@
-"""Prints the settings file of `make up`: the kai services are the stand-in provider."""
+"""Prints the settings file of `make up`: the services are the stand-in provider."""
 
 import os
 import re
 import sys
 
 from doorward_server.settings import places
-from tests.sandbox.grants import CLIENT_SECRET, CLIENTS
+from tests.sandbox.grants import CLIENT_SECRET, KAI_CLIENTS
 
 _HEAD = """\
 # Settings of `make up`: the services are stand-ins on this machine.
@@ -26,14 +26,26 @@ client_id = "{kai}-client"
 client_secret = "{secret}"
 redirect_uri = "{url}/app/callback"
 """
+_IDENTITY_PROVIDER = """
+[providers.sandbox]
+kind = "identity"
+authorize_url = "{url}/authorize"
+token_url = "{url}/token"
+lookup_url = "{url}/lookup?access_token={{access_token}}"
+client_id = "sandbox-client"
+client_secret = "{secret}"
+redirect_uri = "{url}/app/callback"
+"""
 
 
 def render(port: int) -> str:
     """The TOML for a sandbox provider on a port of 127.0.0.1."""
     url = f"http://127.0.0.1:{port}"
     sections = [
-        _PROVIDER.format(kai=client_id.removesuffix("-client"), url=url, secret=CLIENT_SECRET) for client_id in CLIENTS
+        _PROVIDER.format(kai=client_id.removesuffix("-client"), url=url, secret=CLIENT_SECRET)
+        for client_id in KAI_CLIENTS
     ]
+    sections.append(_IDENTITY_PROVIDER.format(url=url, secret=CLIENT_SECRET))
     return _HEAD.format(port=port) + "".join(sections)
 
 

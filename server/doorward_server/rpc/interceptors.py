@@ -6,8 +6,6 @@ error. Health and reflection, which are not ours and show nothing, pass through.
 
 from __future__ import annotations
 
-import re
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -15,44 +13,68 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from doorward_server.clients import ApiClients, Client
 from doorward_server.errors import CallError, Internal, MalformedRequest
+from doorward_server.failures import FailureLimit
 from doorward_server.logs import Log, describe
+from doorward_server.rpc.headers import (
+    REQUEST_ID,
+    RequestMetadata,
+    basic_credentials,
+    bearer_token,
+    client_address,
+    is_from_gateway,
+    read_metadata,
+    request_id_of,
+    session_cookie,
+    text_of,
+)
 from doorward_server.rpc.policy import Caller, Credentials, Policy, current_caller
 from doorward_server.rpc.status import Metadata, status_code, trailing_metadata
 from doorward_server.service_tokens import ServiceTokens
-from doorward_server.sessions import COOKIE, Sessions, SessionUser
-
-_REQUEST_ID = "x-request-id"
-_ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_BEARER = "bearer "
-# The Unix socket is the trust boundary: only the gateway reaches it.
-_GATEWAY_PEER = "unix:"
+from doorward_server.sessions import Sessions, SessionUser
 
 
 class Authenticator:
-    """Finds out who calls. Cookies count through the gateway only, service tokens everywhere else only."""
+    """Finds out who calls.
 
-    def __init__(self, sessions: Sessions, service_tokens: ServiceTokens) -> None:
+    Cookies and Basic credentials count through the gateway only, service tokens everywhere else only.
+    """
+
+    def __init__(
+        self, sessions: Sessions, service_tokens: ServiceTokens, clients: ApiClients, failures: FailureLimit
+    ) -> None:
         self.slug_of = sessions.slug
         self._sessions = sessions
         self._service_tokens = service_tokens
+        self._clients = clients
+        self._failures = failures
 
-    def credentials(self, peer: str, metadata: Mapping[str, str | bytes]) -> Credentials:
-        authorization = _text(metadata.get("authorization"))
-        if not peer.startswith(_GATEWAY_PEER):
-            caller = (
-                self._service_tokens.find(authorization[len(_BEARER) :].strip())
-                if authorization.lower().startswith(_BEARER)
-                else None
-            )
-            return Credentials(caller, has_cookie=False, has_authorization=bool(authorization), origin=None)
-        cookie = _session_cookie(_text(metadata.get("cookie")))
+    def credentials(self, policy: Policy, peer: str, metadata: RequestMetadata) -> Credentials:
+        """What a call came with, as far as its policy asks. Raises TooManyFailures."""
+        if not is_from_gateway(peer):
+            token = bearer_token(metadata)
+            caller = self._service_tokens.find(token) if token is not None else None
+            return Credentials(caller, has_cookie=False, has_authorization="authorization" in metadata, origin=None)
+        cookie = session_cookie(metadata)
         return Credentials(
-            caller=self._sessions.find(cookie) if cookie else None,
+            caller=self._find_client(metadata, peer) if policy.knows_clients else self._find_session(cookie),
             has_cookie=cookie is not None,
             has_authorization="authorization" in metadata,
-            origin=_text(metadata["origin"]) if "origin" in metadata else None,
+            origin=text_of(metadata["origin"]) if "origin" in metadata else None,
         )
+
+    def _find_session(self, cookie: str | None) -> SessionUser | None:
+        return self._sessions.find(cookie) if cookie else None
+
+    def _find_client(self, metadata: RequestMetadata, peer: str) -> Client | None:
+        if "authorization" not in metadata:
+            return None
+        pair = basic_credentials(metadata)
+        client = self._clients.find(*pair) if pair else None
+        if client is None:
+            self._failures.add(pair[0] if pair else "", client_address(metadata, peer))
+        return client
 
 
 class CallInterceptor(grpc.ServerInterceptor):
@@ -135,14 +157,14 @@ class _Call:
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         started = time.perf_counter()
-        metadata = _read_metadata(context)
+        metadata = read_metadata(context)
         peer = context.peer()
-        request_id = _request_id(metadata)
+        request_id = request_id_of(metadata)
         caller: Caller | None = None
         failure: CallError | None = None
         answer = b""
         try:
-            credentials = self._authenticator.credentials(peer, metadata)
+            credentials = self._authenticator.credentials(self._policy, peer, metadata)
             caller = credentials.caller
             self._policy.authenticate(credentials)
             request = next(requests, b"")
@@ -159,8 +181,8 @@ class _Call:
             failure = Internal()
         if self._access_log:
             self._write_line(request_id, caller, failure, started)
-        of_gateway = peer.startswith(_GATEWAY_PEER)  # which answers with the id itself
-        trailers: Metadata = () if of_gateway else ((_REQUEST_ID, request_id),)
+        # The gateway answers with the id itself.
+        trailers: Metadata = () if is_from_gateway(peer) else ((REQUEST_ID, request_id),)
         if failure is not None:
             context.set_trailing_metadata(trailers + trailing_metadata(failure))
             context.abort(status_code(failure), failure.message)
@@ -187,39 +209,16 @@ class _Call:
         )
 
 
-def _read_metadata(context: grpc.ServicerContext) -> Mapping[str, str | bytes]:
-    """The metadata by name. A browser may send several Cookie headers (RFC 9113, section 8.2.3)."""
-    pairs = context.invocation_metadata()
-    metadata = dict(pairs)
-    if len(metadata) != len(pairs):
-        cookies = [_text(value) for name, value in pairs if name == "cookie"]
-        metadata |= {"cookie": "; ".join(cookies)} if cookies else {}
-    return metadata
-
-
-def _request_id(metadata: Mapping[str, str | bytes]) -> str:
-    """The id that the caller chose, if it is fit for a log line; else a new one."""
-    given = metadata.get(_REQUEST_ID)
-    return given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else secrets.token_hex(16)
-
-
 def _name(caller: Caller | None) -> str | None:
     if caller is None:
         return None
-    return f"user:{caller.user_id}" if isinstance(caller, SessionUser) else f"service:{caller.token_id}"
-
-
-def _text(value: str | bytes | None) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _session_cookie(header: str) -> str | None:
-    """The value of our cookie in a Cookie header (RFC 6265, section 4.2.1); the first one counts."""
-    for pair in header.split(";"):
-        name, _, value = pair.strip().partition("=")
-        if name == COOKIE:
-            return value.strip('"')
-    return None
+    match caller:
+        case SessionUser():
+            return f"user:{caller.user_id}"
+        case Client():
+            return f"client:{caller.client_id}"
+        case _:
+            return f"service:{caller.token_id}"
 
 
 def _holds_nul(message: Message) -> bool:

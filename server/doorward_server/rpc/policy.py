@@ -9,7 +9,9 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from doorward.auth.v1 import policy_pb2
+from doorward_server.clients import Client
 from doorward_server.errors import (
+    NoApiClient,
     NoServiceToken,
     NoSession,
     NotSelf,
@@ -22,14 +24,23 @@ from doorward_server.service_tokens import Service
 from doorward_server.sessions import SessionUser
 from doorward_server.users import ME
 
-Caller = SessionUser | Service
+Caller = SessionUser | Service | Client
 # The caller of the call that this thread serves. Set before a handler runs.
 current_caller: ContextVar[Caller | None] = ContextVar("current_caller")
 
 _ANYONE = policy_pb2.CALLER_KIND_ANYONE
 _SELF_SESSION = policy_pb2.CALLER_KIND_SELF_SESSION
+_API_CLIENT = policy_pb2.CALLER_KIND_API_CLIENT
 _SERVICE = policy_pb2.CALLER_KIND_SERVICE
-_JUDGED = {_ANYONE, _SELF_SESSION, _SERVICE}
+_SESSION = policy_pb2.CALLER_KIND_SESSION
+_JUDGED = {
+    frozenset({_ANYONE}),
+    frozenset({_SELF_SESSION}),
+    frozenset({_SESSION}),
+    frozenset({_API_CLIENT}),
+    frozenset({_ANYONE, _API_CLIENT}),
+    frozenset({_SERVICE}),
+}
 
 
 class Credentials(NamedTuple):
@@ -50,15 +61,24 @@ class Policy:
 
     callers: frozenset[int]
     roles: frozenset[str]
-    allowed_origins: frozenset[str]
+    # None: requests from pages of any origin are served.
+    allowed_origins: frozenset[str] | None
+
+    @property
+    def knows_clients(self) -> bool:
+        """Whether Basic credentials are looked at, and not cookies."""
+        return _API_CLIENT in self.callers
 
     def authenticate(self, credentials: Credentials) -> None:
         """Refuse a caller of the wrong kind; what the message says does not matter yet."""
-        if _ANYONE in self.callers:
-            return
-        if _SELF_SESSION in self.callers:
+        origin = credentials.origin
+        if self.allowed_origins is not None and origin is not None and origin.lower() not in self.allowed_origins:
+            raise OriginNotAllowed
+        if _SELF_SESSION in self.callers or _SESSION in self.callers:
             self._require_session(credentials)
-        else:
+        elif _API_CLIENT in self.callers:
+            self._require_client(credentials)
+        elif _SERVICE in self.callers:
             self._require_service(credentials)
 
     def authorise(self, caller: Caller | None, message: Message, slug_of: Callable[[SessionUser], str | None]) -> None:
@@ -72,12 +92,15 @@ class Policy:
             raise NotSelf
 
     def _require_session(self, credentials: Credentials) -> None:
-        origin = credentials.origin
-        if origin is not None and origin.lower() not in self.allowed_origins:
-            raise OriginNotAllowed
         if isinstance(credentials.caller, SessionUser):
             return
         raise (SessionRequired if credentials.has_authorization and not credentials.has_cookie else NoSession)
+
+    def _require_client(self, credentials: Credentials) -> None:
+        if isinstance(credentials.caller, Client):
+            return
+        if _ANYONE not in self.callers or credentials.has_authorization:
+            raise NoApiClient
 
     def _require_service(self, credentials: Credentials) -> None:
         caller = credentials.caller
@@ -102,7 +125,9 @@ def _read_policy(method: MethodDescriptor, allowed_origins: frozenset[str]) -> P
     if not options.HasExtension(policy_pb2.policy):
         raise LookupError(f"{method.full_name} declares no policy")
     declared = options.Extensions[policy_pb2.policy]
-    if unknown := set(declared.callers) - _JUDGED:
-        raise LookupError(f"{method.full_name}: no policy is judged by {sorted(unknown)} yet")
+    callers = frozenset(declared.callers)
+    if callers not in _JUDGED:
+        raise LookupError(f"{method.full_name}: callers are not judged by {sorted(callers)} yet")
+    same_origin = declared.same_origin or bool(callers & {_SELF_SESSION, _SESSION})
     roles = frozenset(policy_pb2.Role.Name(role).removeprefix("ROLE_").lower() for role in declared.roles)
-    return Policy(frozenset(declared.callers), roles, allowed_origins)
+    return Policy(callers, roles, allowed_origins if same_origin else None)

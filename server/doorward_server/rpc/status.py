@@ -20,9 +20,14 @@ def status_code(error: CallError) -> grpc.StatusCode:
 
 
 def trailing_metadata(error: CallError) -> Metadata:
-    """The details of an error."""
+    """The details of an error, and the headers that HTTP callers are to see with it."""
     detail = any_pb2.Any()
     detail.Pack(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
     number: int = status_code(error).value[0]
     status = Status(code=number, message=error.message, details=[detail])
-    return ((_DETAILS, status.SerializeToString()),)
+    headers: Metadata = ((_DETAILS, status.SerializeToString()),)
+    if error.challenge is not None:
+        headers += (("www-authenticate", error.challenge),)
+    if "retry_after" in error.metadata:
+        headers += (("retry-after", error.metadata["retry_after"]),)
+    return headers

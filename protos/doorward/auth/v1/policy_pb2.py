@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64oorward/auth/v1/policy.proto\x12\x10\x64oorward.auth.v1\x1a google/protobuf/descriptor.proto\"^\n\x06Policy\x12-\n\x07\x63\x61llers\x18\x01 \x03(\x0e\x32\x1c.doorward.auth.v1.CallerKind\x12%\n\x05roles\x18\x02 \x03(\x0e\x32\x16.doorward.auth.v1.Role*\xb1\x01\n\nCallerKind\x12\x1b\n\x17\x43\x41LLER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43\x41LLER_KIND_ANYONE\x10\x01\x12\x1c\n\x18\x43\x41LLER_KIND_SELF_SESSION\x10\x02\x12\x1a\n\x16\x43\x41LLER_KIND_API_CLIENT\x10\x03\x12\x1b\n\x17\x43\x41LLER_KIND_APPLICATION\x10\x04\x12\x17\n\x13\x43\x41LLER_KIND_SERVICE\x10\x05*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0c\n\x08ROLE_BOT\x10\x01\x12\x10\n\x0cROLE_BACKEND\x10\x02\x12\x11\n\rROLE_OPERATOR\x10\x03:J\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xc5\x8a\x03 \x01(\x0b\x32\x18.doorward.auth.v1.Policyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64oorward/auth/v1/policy.proto\x12\x10\x64oorward.auth.v1\x1a google/protobuf/descriptor.proto\"s\n\x06Policy\x12-\n\x07\x63\x61llers\x18\x01 \x03(\x0e\x32\x1c.doorward.auth.v1.CallerKind\x12%\n\x05roles\x18\x02 \x03(\x0e\x32\x16.doorward.auth.v1.Role\x12\x13\n\x0bsame_origin\x18\x03 \x01(\x08*\xca\x01\n\nCallerKind\x12\x1b\n\x17\x43\x41LLER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43\x41LLER_KIND_ANYONE\x10\x01\x12\x1c\n\x18\x43\x41LLER_KIND_SELF_SESSION\x10\x02\x12\x1a\n\x16\x43\x41LLER_KIND_API_CLIENT\x10\x03\x12\x1b\n\x17\x43\x41LLER_KIND_APPLICATION\x10\x04\x12\x17\n\x13\x43\x41LLER_KIND_SERVICE\x10\x05\x12\x17\n\x13\x43\x41LLER_KIND_SESSION\x10\x06*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0c\n\x08ROLE_BOT\x10\x01\x12\x10\n\x0cROLE_BACKEND\x10\x02\x12\x11\n\rROLE_OPERATOR\x10\x03:J\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xc5\x8a\x03 \x01(\x0b\x32\x18.doorward.auth.v1.Policyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'doorward.auth.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CALLERKIND']._serialized_start=182
-  _globals['_CALLERKIND']._serialized_end=359
-  _globals['_ROLE']._serialized_start=361
-  _globals['_ROLE']._serialized_end=440
+  _globals['_CALLERKIND']._serialized_start=203
+  _globals['_CALLERKIND']._serialized_end=405
+  _globals['_ROLE']._serialized_start=407
+  _globals['_ROLE']._serialized_end=486
   _globals['_POLICY']._serialized_start=85
-  _globals['_POLICY']._serialized_end=179
+  _globals['_POLICY']._serialized_end=200
 # @@protoc_insertion_point(module_scope)

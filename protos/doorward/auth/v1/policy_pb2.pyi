@@ -31,7 +31,9 @@ class _CallerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CallerKind
     DESCRIPTOR: _descriptor.EnumDescriptor
     CALLER_KIND_UNSPECIFIED: _CallerKind.ValueType  # 0
     CALLER_KIND_ANYONE: _CallerKind.ValueType  # 1
-    """No credentials are looked at."""
+    """No credentials are needed. Those of the other kinds that the policy names
+    are looked at, and refused when they are wrong.
+    """
     CALLER_KIND_SELF_SESSION: _CallerKind.ValueType  # 2
     """A session cookie, presented through the gateway, whose user is the one
     that the message's `user_id` names. No other credential is a substitute,
@@ -43,12 +45,18 @@ class _CallerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CallerKind
     """A registered application, by HTTP Basic or a service token."""
     CALLER_KIND_SERVICE: _CallerKind.ValueType  # 5
     """A bearer service token, on the gRPC port only."""
+    CALLER_KIND_SESSION: _CallerKind.ValueType  # 6
+    """A session cookie, presented through the gateway, whosever it is: for RPCs
+    whose messages name no user.
+    """
 
 class CallerKind(_CallerKind, metaclass=_CallerKindEnumTypeWrapper): ...
 
 CALLER_KIND_UNSPECIFIED: CallerKind.ValueType  # 0
 CALLER_KIND_ANYONE: CallerKind.ValueType  # 1
-"""No credentials are looked at."""
+"""No credentials are needed. Those of the other kinds that the policy names
+are looked at, and refused when they are wrong.
+"""
 CALLER_KIND_SELF_SESSION: CallerKind.ValueType  # 2
 """A session cookie, presented through the gateway, whose user is the one
 that the message's `user_id` names. No other credential is a substitute,
@@ -60,6 +68,10 @@ CALLER_KIND_APPLICATION: CallerKind.ValueType  # 4
 """A registered application, by HTTP Basic or a service token."""
 CALLER_KIND_SERVICE: CallerKind.ValueType  # 5
 """A bearer service token, on the gRPC port only."""
+CALLER_KIND_SESSION: CallerKind.ValueType  # 6
+"""A session cookie, presented through the gateway, whosever it is: for RPCs
+whose messages name no user.
+"""
 Global___CallerKind: _TypeAlias = CallerKind  # noqa: Y015
 
 class _Role:
@@ -96,6 +108,11 @@ class Policy(_message.Message):
 
     CALLERS_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    SAME_ORIGIN_FIELD_NUMBER: _builtins.int
+    same_origin: _builtins.bool
+    """Refuses requests that a browser sends for a page of an origin that is not
+    allowed. Kinds that are known by a session cookie imply it.
+    """
     @_builtins.property
     def callers(self) -> _containers.RepeatedScalarFieldContainer[Global___CallerKind.ValueType]: ...
     @_builtins.property
@@ -107,10 +124,11 @@ class Policy(_message.Message):
         *,
         callers: _abc.Iterable[Global___CallerKind.ValueType] | None = ...,
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        same_origin: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["callers", b"callers", "roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["callers", b"callers", "roles", b"roles", "same_origin", b"same_origin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,177 @@
+"""Identity: the accounts at providers that users are linked to, and logging in with them.
+
+Owns the table `oauth_identities`. Imports `oauth`, `provider_registry`, `sessions`, `users`, `failures`,
+`models` and below.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import peewee
+
+from doorward_server.clock import Clock
+from doorward_server.database import Database, storage_failures
+from doorward_server.errors import (
+    CodeRejected,
+    IdentityNotFound,
+    IdentityTaken,
+    LookupRejected,
+    LookupWithoutId,
+    NoApiClient,
+    NoSuchIdentity,
+    NotYourUser,
+    ProviderHasNoTokenUrl,
+    ProviderNotFound,
+    ProviderRequired,
+    TokenOrCodeRequired,
+    TokenOrCodeTooLong,
+    UserNotFound,
+)
+from doorward_server.failures import FailureLimit
+from doorward_server.models import OAuthIdentity, User
+from doorward_server.oauth import NoTokenGranted, OAuth
+from doorward_server.provider_registry import ProviderRegistry
+from doorward_server.providers import Provider
+from doorward_server.sessions import Sessions
+from doorward_server.users import Users
+
+# Both may have to go into a URL, percent-encoded, which has its limits.
+_LONGEST_PROOF = 16384
+_FAILED_ATTEMPTS = (CodeRejected, LookupRejected, LookupWithoutId, NoSuchIdentity, NotYourUser, NoApiClient)
+
+
+class Profile(NamedTuple):
+    """A user, and the identities in the order in which they were added."""
+
+    user: User
+    identities: list[OAuthIdentity]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is to prove whose account it is: JSON values, as the caller sent them."""
+
+    provider: object
+    access_token: object = field(repr=False)
+    code: object = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Links, unlinks, and logs in."""
+
+    database: Database
+    clock: Clock
+    oauth: OAuth
+    providers: ProviderRegistry
+    users: Users
+    sessions: Sessions
+    failures: FailureLimit
+
+    def profile(self, user: User) -> Profile:
+        """What the documents show of a user."""
+        query = OAuthIdentity.select().where(OAuthIdentity.user == user.id).order_by(OAuthIdentity.id)
+        return Profile(user, self.database.fetch_all(query))
+
+    def add(self, client_id: str, handle: str, proof: Proof) -> Profile:
+        """Link the account that a proof is for to a client's user. See AddOAuthIdentity for the errors."""
+        user = self.users.get_of(client_id, handle)
+        provider, subject = self._look_up(proof)
+        try:
+            with self.database.writing():
+                # The unique index decides who is first, whatever else happens at the same time.
+                OAuthIdentity.insert(
+                    user=user.id, provider=provider.id, subject=subject, created_at=self.clock.now()
+                ).on_conflict_ignore().execute()
+                linked = OAuthIdentity.get(provider=provider.id, subject=subject)
+        except peewee.IntegrityError:
+            raise UserNotFound from None
+        if linked.user_id != user.id:
+            raise IdentityTaken
+        return self.profile(user)
+
+    def remove(self, client_id: str, handle: str, provider_id: str, subject: str) -> Profile:
+        """Unlink an account. Raises UserNotFound, NotYourUser, IdentityNotFound."""
+        user = self.users.get_of(client_id, handle)
+        with self.database.writing():
+            linked = (
+                (OAuthIdentity.user == user.id)
+                & (OAuthIdentity.provider == provider_id)
+                & (OAuthIdentity.subject == subject)
+            )
+            if not OAuthIdentity.delete().where(linked).execute():
+                raise IdentityNotFound
+        return self.profile(user)
+
+    def log_in(
+        self, proof: Proof, *, client_id: str | None, address: str, replacing: str | None
+    ) -> tuple[Profile, str]:
+        """Start a session; returns the profile and the cookie's value. See LogIn for the errors.
+
+        `address` is where the attempt comes from, `replacing` the cookie that came with it.
+        """
+        with self._counted(client_id, address):
+            if client_id is None and proof.access_token not in (None, ""):
+                raise NoApiClient
+            provider, subject = self._look_up(proof)
+            user = self._find_user(provider, subject)
+            if client_id is not None and user.client_id != client_id:
+                raise NotYourUser
+        _, cookie = self.sessions.create(user, replacing)
+        return self.profile(user), cookie
+
+    @contextmanager
+    def _counted(self, client_id: str | None, address: str) -> Iterator[None]:
+        """Counts the failures that whoever tries can be blamed for."""
+        self.failures.check(client_id or "", address)
+        try:
+            yield
+        except _FAILED_ATTEMPTS:
+            self.failures.add(client_id or "", address)
+            raise
+
+    def _find_user(self, provider: Provider, subject: str) -> User:
+        query = (
+            User.select()
+            .join(OAuthIdentity, on=OAuthIdentity.user == User.id)
+            .where((OAuthIdentity.provider == provider.id) & (OAuthIdentity.subject == subject))
+        )
+        for user in self.database.fetch_all(query):
+            return user  # type: ignore[no-any-return]
+        raise NoSuchIdentity
+
+    @storage_failures()
+    def _look_up(self, proof: Proof) -> tuple[Provider, str]:
+        """Ask the provider whose account it is: the provider, and the account's id there."""
+        if not isinstance(proof.provider, str) or not proof.provider:
+            raise ProviderRequired
+        access_token, code = _text(proof.access_token), _text(proof.code)
+        if access_token is None and code is None:
+            raise TokenOrCodeRequired
+        provider = self.providers.get(proof.provider)
+        if provider.lookup_url is None:
+            raise ProviderNotFound
+        if access_token is None:
+            access_token = self._exchange(provider, code or "")
+        return provider, self.oauth.look_up(provider, access_token)
+
+    def _exchange(self, provider: Provider, code: str) -> str:
+        if provider.token_url is None:
+            raise ProviderHasNoTokenUrl
+        try:
+            return self.oauth.exchange_code(provider, code).access_token
+        except NoTokenGranted as failure:
+            raise CodeRejected(failure.metadata) from None
+
+
+def _text(value: object) -> str | None:
+    """A token or a code, None when there is none."""
+    if value in (None, ""):
+        return None
+    if not isinstance(value, str):
+        raise TokenOrCodeRequired
+    if len(value.encode()) > _LONGEST_PROOF:
+        raise TokenOrCodeTooLong
+    return value

@@ -1,0 +1,96 @@
+"""The providers at hand: those of the settings file and those that were added by command.
+
+Imports `providers`, `crypto`, `models` and below.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import peewee
+
+from doorward_server.clock import Clock
+from doorward_server.crypto import KeyRing, Place
+from doorward_server.database import Database
+from doorward_server.errors import OperatorError, ProviderNotFound
+from doorward_server.models import Connection, OAuthIdentity, StoredProvider
+from doorward_server.providers import Provider
+
+
+@dataclass(frozen=True)
+class ProviderRegistry:
+    """Owns the table `providers`."""
+
+    database: Database
+    clock: Clock
+    keys: KeyRing
+    configured: Mapping[str, Provider]  # by id, of the settings file
+
+    def find(self, provider_id: str) -> Provider | None:
+        """The provider with this id; that of the settings file, should both have one."""
+        provider = self.configured.get(provider_id)
+        if provider is not None:
+            return provider
+        for row in self.database.fetch_all(StoredProvider.select().where(StoredProvider.provider == provider_id)):
+            return self._open(row)
+        return None
+
+    def get(self, provider_id: str) -> Provider:
+        """As `find`; raises ProviderNotFound."""
+        provider = self.find(provider_id)
+        if provider is None:
+            raise ProviderNotFound
+        return provider
+
+    def list(self) -> list[Provider]:
+        """All of them, by id."""
+        rows = self.database.fetch_all(StoredProvider.select())
+        stored = {row.provider: self._open(row) for row in rows}
+        return [provider for _, provider in sorted({**stored, **self.configured}.items())]
+
+    def add(self, provider: Provider) -> None:
+        """Keep a provider, its secret sealed."""
+        if provider.id in self.configured:
+            raise OperatorError(
+                f"the provider {provider.id} stands in the settings file: change it there, or choose another id"
+            )
+        settings = provider.model_dump(
+            mode="json", exclude={"client_secret", "client_secret_file"}, exclude_defaults=True
+        )
+        try:
+            with self.database.writing():
+                row = StoredProvider.create(provider=provider.id, settings=settings, created_at=self.clock.now())
+                if provider.secret:
+                    sealed = self.keys.seal(provider.secret, _secret_of(row))
+                    StoredProvider.update(client_secret=sealed).where(StoredProvider.id == row.id).execute()
+        except peewee.IntegrityError:
+            raise OperatorError(
+                f"there is a provider {provider.id} already: remove it first, or choose another id"
+            ) from None
+
+    def remove(self, provider_id: str, *, unlink: bool) -> None:
+        """Forget a provider.
+
+        Identities at it would be anybody's whom a later provider of the same id gives the same number:
+        so it goes only without them, or, with `unlink`, together with them.
+        """
+        if provider_id in self.configured:
+            raise OperatorError(f"the provider {provider_id} stands in the settings file: remove its section there")
+        with self.database.writing():
+            if Connection.select().where(Connection.provider == provider_id).exists():
+                raise OperatorError(f"users are connected to the provider {provider_id}: they have to disconnect first")
+            linked = OAuthIdentity.select().where(OAuthIdentity.provider == provider_id).count()
+            if linked and not unlink:
+                raise OperatorError(
+                    f"users log in with {linked} identities at the provider {provider_id}: --unlink removes these, too"
+                )
+            OAuthIdentity.delete().where(OAuthIdentity.provider == provider_id).execute()
+            if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute():
+                raise ProviderNotFound
+
+    def _open(self, row: StoredProvider) -> Provider:
+        secret = {"client_secret": self.keys.open(row.client_secret, _secret_of(row))} if row.client_secret else {}
+        return Provider.model_validate({**row.settings, **secret})
+
+
+def _secret_of(row: StoredProvider) -> Place:
+    return Place("providers", row.id, "client_secret")
