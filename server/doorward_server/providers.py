@@ -58,6 +58,11 @@ def _dotted_name(path: str) -> str:
 
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 DottedName = Annotated[str, AfterValidator(_dotted_name)]
+# kai: flo, min or eag, whose tokens are kept. identity: a service that users log in with.
+Kind = Literal["kai", "identity"]
+# How the token endpoint knows us (RFC 6749, section 2.3.1).
+TokenAuth = Literal["client_secret_post", "client_secret_basic", "none"]
+TokenMethod = Literal["post", "get"]
 LookupTemplate = Annotated[str, AfterValidator(_lookup_template)]
 
 
@@ -67,8 +72,7 @@ class Provider(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
-    # kai: flo, min or eag, whose tokens are kept. identity: a service that users log in with.
-    kind: Literal["kai", "identity"]
+    kind: Kind
     authorize_url: HttpUrl | None = None
     token_url: HttpUrl | None = None
     # Where tokens are revoked when a user disconnects (RFC 7009); without it nothing is sent.
@@ -81,9 +85,8 @@ class Provider(BaseModel):
     client_secret: SecretStr | None = Field(None, min_length=1)
     # A file that holds the secret, relative to the settings file.
     client_secret_file: Path | None = None
-    # How the token endpoint knows us (RFC 6749, section 2.3.1).
-    token_auth: Literal["client_secret_post", "client_secret_basic", "none"] = "client_secret_post"  # noqa: S105
-    token_method: Literal["post", "get"] = "post"  # noqa: S105
+    token_auth: TokenAuth = "client_secret_post"  # noqa: S105
+    token_method: TokenMethod = "post"  # noqa: S105
     redirect_uri: HttpUrl | None = None
     scopes: tuple[str, ...] = ()
     # One request, from the name lookup to the last byte.
@@ -95,7 +98,7 @@ class Provider(BaseModel):
     @model_validator(mode="after")
     def _is_complete(self) -> "Provider":
         if not _PROVIDER_ID.fullmatch(self.id):
-            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`: rename the section")
+            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`: rename it")
         if self.client_secret is not None and self.client_secret_file is not None:
             raise ValueError("client_secret and client_secret_file contradict each other: keep one")
         if missing := [name for name in self._required() if getattr(self, name) is None]:

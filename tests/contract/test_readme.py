@@ -51,14 +51,15 @@ def block(after: str) -> str:
 
 @pytest.mark.usefixtures("up")
 def test_the_readmes_lines(environment: dict[str, str]) -> None:
-    script = block("connect a user's `flo` account").replace(".venv/bin/", "")
+    scripts = [block("connect a user's `flo` account"), block("With `make up` running")]
+    script = "".join(scripts).replace(".venv/bin/", "")
     for port, name in (("8080", "GATEWAY"), ("9100", "SANDBOX")):
         script = script.replace(f"127.0.0.1:{port}", f"127.0.0.1:{environment[f'DOORWARD_{name}_PORT']}")
     done = subprocess.run(
         ["bash", "-euc", script], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    expected = "created user 1 (ada)\n" + block("The five requests print")
+    expected = "created user 1 (ada)\n" + block("The five requests print") + block("made, linked and logged in")
     assert done.stdout == expected
 
 

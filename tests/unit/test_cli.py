@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from doorward_server.cli import cli, run
+from doorward_server.cli.root import cli, run
 from doorward_server.crypto import KeyRing, MasterKey
 from doorward_server.database import Database
 from tests.processes import BIN, await_condition, clean_environment, free_port

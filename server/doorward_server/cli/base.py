@@ -1,0 +1,81 @@
+"""What every command needs: the app, the common options, and how results are shown."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from doorward_server import settings as settings_module
+from doorward_server.app import App
+
+HELP: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
+UserHandle = Annotated[str, typer.Argument(metavar="USER", help="The user's id or slug.")]
+
+
+def app_of(ctx: typer.Context) -> App:
+    """The app on the home that the command line names."""
+    return App(settings_module.load(ctx.obj))
+
+
+def iso(time: datetime | None) -> str | None:
+    """A time to the second; None stays None."""
+    return time.isoformat(timespec="seconds") if time else None
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value))
+
+
+def print_done(what: str, row_id: object, *, as_json: bool) -> None:
+    """Tell what was done to what, such as `revoked session` 3."""
+    if as_json:
+        print_json({"id": row_id})
+    else:
+        typer.echo(f"{what} {row_id}")
+
+
+def print_list(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_json: bool) -> None:
+    """Rows as a table of some of their members, or as JSON with all of them."""
+    if as_json:
+        print_json(list(rows))
+        return
+    table = Table(*(Column(column.replace("_", " "), overflow="fold") for column in columns))
+    for row in rows:
+        table.add_row(*(Text(_cell(row[column])) for column in columns))
+    Console().print(table)
+
+
+def print_one(row: Mapping[str, Any], *, as_json: bool) -> None:
+    """One thing, a line for each of its members, or as JSON."""
+    if as_json:
+        print_json(row)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in row.items():
+        table.add_row(name.replace("_", " "), Text(_cell(value), overflow="fold"))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None | [] | "":
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case list():
+            return "\n".join(map(_cell, value)) if isinstance(value[0], dict) else ", ".join(value)
+        case dict():
+            return (
+                "-"
+                if not value
+                else ", ".join(f"{name.replace('_', ' ')}: {_cell(inner)}" for name, inner in value.items())
+            )
+        case _:
+            return str(value)

@@ -1,0 +1,77 @@
+"""`doorward client`."""
+
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+
+from doorward_server.cli.base import HELP, Json, app_of, iso, print_done, print_json, print_list
+from doorward_server.models import ApiClient
+
+cli = typer.Typer(help="API clients: who keeps users here over REST, by HTTP Basic.", **HELP)
+ClientId = Annotated[str, typer.Argument(metavar="ID", help="The client's id.")]
+
+
+@cli.command(epilog="Example: doorward client create --name shop")
+def create(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Option(help="Who it is, for your own records.")],
+    as_json: Json = False,
+) -> None:
+    """Add an API client and print its id (the user name of HTTP Basic) and its secret. It is shown only now."""
+    client, secret = app_of(ctx).clients.create(name)
+    if as_json:
+        print_json({**_client(client), "secret": secret})
+    else:
+        typer.echo(f"id: {client.id}\nsecret: {secret}")
+
+
+@cli.command("list", epilog="Example: doorward client list")
+def list_clients(ctx: typer.Context, as_json: Json = False) -> None:
+    """List the API clients, disabled ones too."""
+    clients = app_of(ctx).clients.list()
+    print_list([_client(client) for client in clients], ("id", "name", "created", "disabled"), as_json=as_json)
+
+
+@cli.command(epilog="Example: doorward client rotate dwc_0123456789abcdef --overlap-hours 1")
+def rotate(
+    ctx: typer.Context,
+    client_id: ClientId,
+    overlap_hours: Annotated[
+        float, typer.Option(help="The secret before stays valid for so long; 0: it ends at once.", min=0, max=8760)
+    ] = 24,
+    as_json: Json = False,
+) -> None:
+    """Make a new secret and print it. It is shown only now. At most two secrets are valid at once."""
+    app = app_of(ctx)
+    overlap = timedelta(hours=overlap_hours)
+    secret = app.clients.rotate(client_id, overlap)
+    until = iso(app.clock.now() + overlap)
+    if as_json:
+        print_json({"id": client_id, "secret": secret, "old_secret_expires": until})
+    else:
+        typer.echo(f"id: {client_id}\nsecret: {secret}")
+        typer.echo(f"the secret before ends {until if overlap else 'now'}", err=True)
+
+
+@cli.command(epilog="Example: doorward client disable dwc_0123456789abcdef")
+def disable(ctx: typer.Context, client_id: ClientId, as_json: Json = False) -> None:
+    """Refuse a client's calls from now on. Its users stay, and can still log in by code."""
+    app_of(ctx).clients.enable(client_id, enabled=False)
+    print_done("disabled client", client_id, as_json=as_json)
+
+
+@cli.command(epilog="Example: doorward client enable dwc_0123456789abcdef")
+def enable(ctx: typer.Context, client_id: ClientId, as_json: Json = False) -> None:
+    """Let a disabled client call again, with the secrets that it had."""
+    app_of(ctx).clients.enable(client_id, enabled=True)
+    print_done("enabled client", client_id, as_json=as_json)
+
+
+def _client(client: ApiClient) -> dict[str, Any]:
+    return {
+        "id": client.id,
+        "name": client.name,
+        "created": iso(client.created_at),
+        "disabled": iso(client.disabled_at),
+    }
