@@ -62,7 +62,8 @@ def shared_stack(
     tmp_path_factory: pytest.TempPathFactory, logs: Path, shared_provider: SandboxProvider, secrets: set[str]
 ) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("stack") / "home"
-    stack = make_stack(home, logs, shared_provider, secrets, more='allowed_origins = ["https://app.example"]\n')
+    more = 'allowed_origins = ["https://app.example"]\n[limits]\nauth_failures = 0\n'
+    stack = make_stack(home, logs, shared_provider, secrets, more)
     with stack.server(), stack.gateway():
         yield stack
     # What was stored is sealed or hashed: nothing secret stands in the files in clear.

@@ -1,5 +1,6 @@
 """A whole Doorward for tests: servers, a gateway, a stand-in provider, and ways to talk to them."""
 
+import base64
 import contextlib
 import json
 import subprocess
@@ -71,6 +72,24 @@ def settings_text(provider: SandboxProvider, more: str = "") -> str:
 
 
 @dataclass(frozen=True)
+class Client:
+    """An API client."""
+
+    id: str
+    secret: str = field(repr=False)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What it authenticates with."""
+        return {"authorization": basic(self.id, self.secret)}
+
+
+def basic(user: str, password: str) -> str:
+    """The value of an Authorization header (RFC 7617, section 2)."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@dataclass(frozen=True)
 class Person:
     """A user with a live session."""
 
@@ -128,14 +147,21 @@ class Stack:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def person(self) -> Person:
-        """A new user with a session."""
+    def person(self, client: Client | None = None) -> Person:
+        """A new user with a session: an API client's, or else the operator's own."""
         self._people += 1
         app = self.app
-        user = app.users.create(f"Person {self._people}")
+        user = app.users.create(f"Person {self._people}", client_id=client.id if client else None)
         _, cookie = app.sessions.create(user)
         self.secrets.add(cookie)
         return Person(user.id, user.slug, cookie)
+
+    def client(self) -> Client:
+        """A new API client."""
+        row, secret = self.app.clients.create("Client")
+        client = Client(row.id, secret)
+        self.secrets |= {secret, client.headers["authorization"].removeprefix("Basic ")}
+        return client
 
     def service_token(self, *roles: str) -> str:
         _, value = self.app.service_tokens.create(roles)

@@ -56,14 +56,24 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction. Never do network calls inside."""
+        with self._turn(), storage_failures(), self.engine.atomic():
+            yield
+
+    def write(self, sql: str, parameters: Sequence[object]) -> None:
+        """Run one constant statement that changes rows, which is a transaction of its own: for hot paths."""
+        with self._turn(), storage_failures():
+            self.engine.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A thread's turn to write."""
         if not self._queue.acquire(blocking=False):
             raise StorageUnavailable
         try:
             if not self._writer.acquire(timeout=self._busy_timeout):
                 raise StorageUnavailable
             try:
-                with storage_failures(), self.engine.atomic():
-                    yield
+                yield
             finally:
                 self._writer.release()
         finally:
@@ -71,16 +81,21 @@ class Database:
 
     def fetch_one(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
         """The first row of a constant statement, without peewee: for hot reads, outside of transactions."""
+        rows = self.fetch_rows(sql, parameters)
+        return rows[0] if rows else None
+
+    def fetch_rows(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        """All rows of a constant statement, as `fetch_one` reads one."""
         try:
             try:
                 reader = self._readers.pop()
             except IndexError:
                 reader = self._open_reader()
-            row: tuple[Any, ...] | None = reader.execute(sql, parameters).fetchone()
+            rows: list[tuple[Any, ...]] = reader.execute(sql, parameters).fetchall()
         except sqlite3.Error as error:
             raise StorageUnavailable from error
         self._readers.append(reader)
-        return row
+        return rows
 
     def _open_reader(self) -> sqlite3.Connection:
         reader = sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)

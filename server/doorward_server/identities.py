@@ -12,7 +12,7 @@ from typing import NamedTuple
 import peewee
 
 from doorward_server.clock import Clock
-from doorward_server.database import Database, storage_failures
+from doorward_server.database import Database
 from doorward_server.errors import (
     CodeRejected,
     IdentityNotFound,
@@ -30,7 +30,7 @@ from doorward_server.errors import (
     UserNotFound,
 )
 from doorward_server.failures import FailureLimit
-from doorward_server.models import OAuthIdentity, User
+from doorward_server.models import OAuthIdentity, User, to_micros
 from doorward_server.oauth import NoTokenGranted, OAuth
 from doorward_server.provider_registry import ProviderRegistry
 from doorward_server.providers import Provider
@@ -39,6 +39,13 @@ from doorward_server.users import Users
 
 # Both may have to go into a URL, percent-encoded, which has its limits.
 _LONGEST_PROOF = 16384
+_LINK = """
+INSERT INTO oauth_identities (user_id, provider, subject, created_at) VALUES (?, ?, ?, ?)
+ON CONFLICT (provider, subject) DO NOTHING
+"""
+_OWNER = "SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?"
+_USER_OF = User.select_sql(f"WHERE id = ({_OWNER})")
+_OF_USER = OAuthIdentity.select_sql("WHERE user_id = ? ORDER BY id")
 _FAILED_ATTEMPTS = (CodeRejected, LookupRejected, LookupWithoutId, NoSuchIdentity, NotYourUser, NoApiClient)
 
 
@@ -72,25 +79,22 @@ class Identities:
 
     def profile(self, user: User) -> Profile:
         """What the documents show of a user."""
-        query = OAuthIdentity.select().where(OAuthIdentity.user == user.id).order_by(OAuthIdentity.id)
-        return Profile(user, self.database.fetch_all(query))
+        rows = self.database.fetch_rows(_OF_USER, (user.id,))
+        return Profile(user, [OAuthIdentity.from_row(row) for row in rows])
 
     def add(self, client_id: str, handle: str, proof: Proof) -> Profile:
         """Link the account that a proof is for to a client's user. See AddOAuthIdentity for the errors."""
         user = self.users.get_of(client_id, handle)
         provider, subject = self._look_up(proof)
         try:
-            with self.database.writing():
-                # The unique index decides who is first, whatever else happens at the same time.
-                OAuthIdentity.insert(
-                    user=user.id, provider=provider.id, subject=subject, created_at=self.clock.now()
-                ).on_conflict_ignore().execute()
-                linked = OAuthIdentity.get(provider=provider.id, subject=subject)
+            # The unique index decides who is first, whatever else happens at the same time.
+            self.database.write(_LINK, (user.id, provider.id, subject, to_micros(self.clock.now())))
         except peewee.IntegrityError:
             raise UserNotFound from None
-        if linked.user_id != user.id:
+        profile = self.profile(user)
+        if not any((linked.provider, linked.subject) == (provider.id, subject) for linked in profile.identities):
             raise IdentityTaken
-        return self.profile(user)
+        return profile
 
     def remove(self, client_id: str, handle: str, provider_id: str, subject: str) -> Profile:
         """Unlink an account. Raises UserNotFound, NotYourUser, IdentityNotFound."""
@@ -133,16 +137,11 @@ class Identities:
             raise
 
     def _find_user(self, provider: Provider, subject: str) -> User:
-        query = (
-            User.select()
-            .join(OAuthIdentity, on=OAuthIdentity.user == User.id)
-            .where((OAuthIdentity.provider == provider.id) & (OAuthIdentity.subject == subject))
-        )
-        for user in self.database.fetch_all(query):
-            return user  # type: ignore[no-any-return]
-        raise NoSuchIdentity
+        row = self.database.fetch_one(_USER_OF, (provider.id, subject))
+        if row is None:
+            raise NoSuchIdentity
+        return User.from_row(row)
 
-    @storage_failures()
     def _look_up(self, proof: Proof) -> tuple[Provider, str]:
         """Ask the provider whose account it is: the provider, and the account's id there."""
         if not isinstance(proof.provider, str) or not proof.provider:

@@ -86,7 +86,7 @@ class OAuth:
 
         Raises LookupRejected on a 4xx, LookupWithoutId, else what `Outbound.request` raises.
         """
-        answer = self._request(provider, "GET", provider.lookup_url_for(access_token))
+        answer = self._request(provider, "GET", provider.lookup_url_for(access_token), repeatable=True)
         if _is_client_error(answer.status):
             raise LookupRejected
         if answer.status >= 500:  # noqa: PLR2004
@@ -123,7 +123,7 @@ class OAuth:
             return self._request(provider, method, url, headers=headers, query=form)
         return self._request(provider, method, url, headers=headers, form=form)
 
-    def _request(self, provider: Provider, method: str, url: str, **parts: Mapping[str, str]) -> Answer:
+    def _request(self, provider: Provider, method: str, url: str, **parts: Any) -> Answer:
         timeouts = Timeouts(provider.connect_timeout, provider.read_timeout, provider.timeout)
         return self._outbound.request(method, url, provider_id=provider.id, timeouts=timeouts, **parts)
 

@@ -7,18 +7,19 @@ and reads at most 1 MiB. At most so many requests are under way at once; more ar
 
 import contextlib
 import ipaddress
+import itertools
 import socket
 import ssl
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LookupTimeout
 from contextvars import ContextVar
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from doorward_server.errors import (
 )
 
 MAX_ANSWER_BYTES = 1 << 20
+_KEPT_SECONDS = 5.0
+_HEADERS = {"user-agent": "doorward", "accept": "application/json", "accept-encoding": "identity"}
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
@@ -53,8 +56,27 @@ class ConnectTimeout(ProviderTimeout):
     """No connection was made in time, so nothing of the request was seen by anyone."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A whole HTTP answer; `body` is decoded and at most MAX_ANSWER_BYTES long."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """In seconds: for connecting, between two reads, and for everything together."""
+
+    connect: float
+    read: float
+    total: float
+
+
 # The monotonic time at which the request of this thread has to be over.
 _deadline: ContextVar[float] = ContextVar("deadline")
+# Whether the request of this thread has begun to make a connection.
+_connected: ContextVar[bool] = ContextVar("connected")
 
 
 def _left() -> float:
@@ -152,6 +174,7 @@ class _GuardedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
+        _connected.set(True)
         addresses = [address for address in self._resolve(host, port) if self._may_connect(address, port)]
         if not addresses:
             raise httpcore.ConnectError("the address is not allowed")
@@ -188,15 +211,48 @@ class _GuardedBackend(httpcore.NetworkBackend):
 
 
 class _GuardedTransport(httpx.HTTPTransport):
-    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext, limits: httpx.Limits) -> None:
-        super().__init__(verify=tls, trust_env=False, limits=limits)
+    """Has one connection, which it keeps for a few seconds after a request if `kept` is 1."""
+
+    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext, *, kept: int) -> None:
+        super().__init__(verify=tls, trust_env=False)
         # httpx has no parameter for the network backend, so the pool is made anew with ours.
         self._pool = httpcore.ConnectionPool(
             ssl_context=tls,
-            max_connections=limits.max_connections,
-            max_keepalive_connections=limits.max_keepalive_connections,
+            max_connections=1,
+            max_keepalive_connections=kept,
+            keepalive_expiry=_KEPT_SECONDS,
             network_backend=backend,
         )
+
+
+class _Transports:
+    """Transports for one request at a time each, by provider; the one that was used last is the warmest.
+
+    One pool for all would walk all of its connections, under a lock, at the start and the end of each request.
+    There are never more than the bulkhead lets requests through at once.
+    """
+
+    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext, *, kept: int) -> None:
+        self._make = partial(_GuardedTransport, backend, tls, kept=kept)
+        # Taken from and returned to the end; list operations are atomic.
+        self._idle: defaultdict[str, list[_GuardedTransport]] = defaultdict(list)
+
+    def send(self, provider_id: str, request: httpx.Request) -> Answer:
+        """Send a request and read the whole answer."""
+        idle = self._idle[provider_id]
+        try:
+            transport = idle.pop()
+        except IndexError:
+            transport = self._make()
+        try:
+            with contextlib.closing(transport.handle_request(request)) as response:
+                return Answer(response.status_code, _read(response))
+        finally:
+            idle.append(transport)
+
+    def close(self) -> None:
+        for transport in itertools.chain.from_iterable(self._idle.values()):
+            transport.close()
 
 
 class Bulkhead:
@@ -241,43 +297,18 @@ class Bulkhead:
                 self._taken.subtract(names)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A whole HTTP answer; `body` is decoded and at most MAX_ANSWER_BYTES long."""
-
-    status: int
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """In seconds: for connecting, between two reads, and for everything together."""
-
-    connect: float
-    read: float
-    total: float
-
-
 class Outbound:
     """Makes requests. Thread-safe."""
 
     def __init__(self, *, allow: Iterable[str], ca_file: Path | None, bulkhead: Bulkhead, concurrency: int) -> None:
         self.bulkhead = bulkhead
         self._backend = _GuardedBackend(parse_allowed(allow, "[outbound] allow"), concurrency)
-        # No connection is kept: on a kept one, a request that fails may or may not have been seen.
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
-        self._client = httpx.Client(
-            transport=_GuardedTransport(self._backend, _tls(ca_file), limits),
-            trust_env=False,
-            follow_redirects=False,
-            headers={
-                "user-agent": "doorward",
-                "accept": "application/json",
-                "accept-encoding": "identity",
-            },
-        )
-        # What one user's request was told to keep must not travel with another's.
-        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        # Transports and no client: they know no redirects, no cookies that could travel with another
+        # user's request, and no environment; and a request takes them half of the time.
+        tls = _tls(ca_file)
+        # On a kept connection, a request that fails may or may not have been seen.
+        self._fresh = _Transports(self._backend, tls, kept=0)
+        self._keeping = _Transports(self._backend, tls, kept=1)
 
     def request(
         self,
@@ -289,8 +320,12 @@ class Outbound:
         headers: Mapping[str, str] | None = None,
         form: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
+        repeatable: bool = False,
     ) -> Answer:
         """Send one request and read its whole answer, whatever its status.
+
+        A `repeatable` one may use a connection that was kept from an earlier request; when that turns out to
+        be dead, it is sent again on a new one.
 
         Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable (not HTTP, too), ProviderTimeout,
         or ProviderMalformed (an answer that is too large or does not decode).
@@ -298,23 +333,31 @@ class Outbound:
         token = _deadline.set(time.monotonic() + timeouts.total)
         timeout = httpx.Timeout(timeouts.read, connect=timeouts.connect)
         try:
-            with (
-                self.bulkhead.requesting(provider_id),
-                _failures(),
-                self._client.stream(
+            with self.bulkhead.requesting(provider_id), _failures():
+                request = httpx.Request(
                     method,
                     httpx.URL(url).copy_merge_params(query) if query else url,
-                    headers=headers,
+                    headers={**_HEADERS, **(headers or {})},
                     data=form,
-                    timeout=timeout,
-                ) as response,
-            ):
-                return Answer(response.status_code, _read(response))
+                    extensions={"timeout": timeout.as_dict()},
+                )
+                send = self._send_on_kept if repeatable else self._fresh.send
+                return send(provider_id, request)
         finally:
             _deadline.reset(token)
 
+    def _send_on_kept(self, provider_id: str, request: httpx.Request) -> Answer:
+        _connected.set(False)
+        try:
+            return self._keeping.send(provider_id, request)
+        except (httpx.NetworkError, httpx.RemoteProtocolError):
+            if _connected.get():
+                raise
+        return self._fresh.send(provider_id, request)
+
     def close(self) -> None:
-        self._client.close()
+        self._fresh.close()
+        self._keeping.close()
         self._backend.close()
 
 

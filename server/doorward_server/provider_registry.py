@@ -3,8 +3,10 @@
 Imports `providers`, `crypto`, `models` and below.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import peewee
 
@@ -14,6 +16,9 @@ from doorward_server.database import Database
 from doorward_server.errors import OperatorError, ProviderNotFound
 from doorward_server.models import Connection, OAuthIdentity, StoredProvider
 from doorward_server.providers import Provider
+
+_LIST = "SELECT id, settings, client_secret FROM providers"
+_FIND = f"{_LIST} WHERE provider = ?"
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,8 @@ class ProviderRegistry:
         provider = self.configured.get(provider_id)
         if provider is not None:
             return provider
-        for row in self.database.fetch_all(StoredProvider.select().where(StoredProvider.provider == provider_id)):
-            return self._open(row)
-        return None
+        row = self.database.fetch_one(_FIND, (provider_id,))
+        return _open(self.keys, *row) if row else None
 
     def get(self, provider_id: str) -> Provider:
         """As `find`; raises ProviderNotFound."""
@@ -43,9 +47,9 @@ class ProviderRegistry:
 
     def list(self) -> list[Provider]:
         """All of them, by id."""
-        rows = self.database.fetch_all(StoredProvider.select())
-        stored = {row.provider: self._open(row) for row in rows}
-        return [provider for _, provider in sorted({**stored, **self.configured}.items())]
+        stored = [_open(self.keys, *row) for row in self.database.fetch_rows(_LIST, ())]
+        by_id = {**{provider.id: provider for provider in stored}, **self.configured}
+        return [by_id[provider_id] for provider_id in sorted(by_id)]
 
     def add(self, provider: Provider) -> None:
         """Keep a provider, its secret sealed."""
@@ -60,7 +64,7 @@ class ProviderRegistry:
             with self.database.writing():
                 row = StoredProvider.create(provider=provider.id, settings=settings, created_at=self.clock.now())
                 if provider.secret:
-                    sealed = self.keys.seal(provider.secret, _secret_of(row))
+                    sealed = self.keys.seal(provider.secret, _secret_of(row.id))
                     StoredProvider.update(client_secret=sealed).where(StoredProvider.id == row.id).execute()
         except peewee.IntegrityError:
             raise OperatorError(
@@ -87,10 +91,13 @@ class ProviderRegistry:
             if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute():
                 raise ProviderNotFound
 
-    def _open(self, row: StoredProvider) -> Provider:
-        secret = {"client_secret": self.keys.open(row.client_secret, _secret_of(row))} if row.client_secret else {}
-        return Provider.model_validate({**row.settings, **secret})
+
+@lru_cache(maxsize=256)
+def _open(keys: KeyRing, row_id: int, settings: str, client_secret: bytes | None) -> Provider:
+    """The provider of a row. The whole row is the cache's key, so a change is seen at once."""
+    secret = {"client_secret": keys.open(client_secret, _secret_of(row_id))} if client_secret else {}
+    return Provider.model_validate({**json.loads(settings), **secret})
 
 
-def _secret_of(row: StoredProvider) -> Place:
-    return Place("providers", row.id, "client_secret")
+def _secret_of(row_id: int) -> Place:
+    return Place("providers", row_id, "client_secret")

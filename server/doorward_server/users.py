@@ -27,6 +27,7 @@ from doorward_server.models import User
 
 # The handle that stands for the session's own user; no slug may shadow it.
 ME = "me"
+_BY_ID, _BY_SLUG = User.select_sql("WHERE id = ?"), User.select_sql("WHERE slug = ?")
 _LONGEST_NAME = 100
 _LARGEST_ID = 2**63 - 1
 # What must hold of every deliverable address (RFC 5321, section 4.5.3.1.3); the rest only mail can tell.
@@ -78,10 +79,10 @@ class Users:
         if not handle.isascii():  # no slug is, and not every such text can be asked for
             raise UserNotFound
         number = find_id(handle)
-        wanted = User.id == number if number is not None else User.slug == handle
-        for user in self.database.fetch_all(User.select().where(wanted)):
-            return user  # type: ignore[no-any-return]
-        raise UserNotFound
+        row = self.database.fetch_one(*((_BY_SLUG, (handle,)) if number is None else (_BY_ID, (number,))))
+        if row is None:
+            raise UserNotFound
+        return User.from_row(row)
 
     def get_of(self, client_id: str, handle: str) -> User:
         """As `get`, for an API client; raises NotYourUser for a user that it did not create."""

@@ -17,8 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -31,7 +31,8 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
 from doorward_server.settings import GrpcSection
-from tests.bench import load, stack
+from tests.bench import linking, load, stack
+from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
 _ROUTE = f"/api/v1/users/me/integrations/kai/{stack.KAI}"
@@ -41,10 +42,11 @@ _ANSWER = pb.GetKaiStatusResponse(auth_status=True)
 _THREADS = GrpcSection().threads
 _CONNECTIONS, _STREAMS = 4, 8  # 32 calls at once
 _HTTP_CONNECTIONS = 32
-_WARM_UP = 0.3
 
 _LEAST_OF_ECHO = 0.75
 _LEAST_OF_ECHO_LOGGING = 0.60
+_LEAST_OF_GET = 0.5
+_MOST_FOR_BASIC = 60e-6
 _FLAT_WITHIN = 1.2
 _MOST_MEMORY = 120_000_000
 
@@ -70,85 +72,11 @@ class Options:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One run of the load, and the CPU seconds that it took the server."""
-
-    result: load.Result
-    cpu: float
-
-    @property
-    def rate(self) -> float:
-        return self.result.answers / self.result.seconds
-
-
-@dataclass
-class Contender:
-    """Something that is measured once a round."""
-
-    name: str
-    cpu: Callable[[], float]
-    verify: Callable[[], None]
-    connect: Callable[[], Sequence[load.Connection]]
-    samples: list[Sample] = field(default_factory=list)
-
-    def measure(self, seconds: float) -> Sample:
-        """Let it answer for so long; an answer is verified in full first."""
-        self.verify()
-        with _connected(self.connect) as connections:
-            load.run(connections, _WARM_UP)
-            before = self.cpu()
-            result = load.run(connections, seconds)
-            sample = Sample(result, self.cpu() - before)
-        self.samples.append(sample)
-        return sample
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(sample.rate for sample in self.samples)
-
-    @property
-    def cpu_per_answer(self) -> float:
-        return sum(one.cpu for one in self.samples) / sum(one.result.answers for one in self.samples)
-
-    @property
-    def utilisation(self) -> float:
-        """The part of its core that it used."""
-        return sum(one.cpu for one in self.samples) / self._seconds
-
-    @property
-    def generators_utilisation(self) -> float:
-        """The part of its core that the load generator used."""
-        return sum(one.result.own_cpu for one in self.samples) / self._seconds
-
-    @property
-    def _seconds(self) -> float:
-        return sum(one.result.seconds for one in self.samples)
-
-    def ratio(self, other: "Contender") -> float:
-        """Its rate as a multiple of another's."""
-        pairs = zip(self.samples, other.samples, strict=True)
-        return statistics.median(mine.rate / its.rate for mine, its in pairs)
-
-    def cpu_ratio(self, other: "Contender") -> float:
-        """The rate as a multiple of another's, by the CPU time that an answer takes."""
-        return other.cpu_per_answer / self.cpu_per_answer
-
-
-@contextlib.contextmanager
-def _connected(connect: Callable[[], Sequence[load.Connection]]) -> Iterator[Sequence[load.Connection]]:
-    connections = connect()
-    try:
-        yield connections
-    finally:
-        load.close(connections)
-
-
 # The contenders
 
 
 def _grpc_contender(name: str, peer: stack.Peer, cookies: Sequence[str], *, bare: bool = False) -> Contender:
-    return Contender(
+    return server_contender(
         name,
         peer.cpu,
         lambda: _verify(peer.socket, random.choice(cookies), bare=bare),
@@ -162,7 +90,7 @@ def _grpc_connections(socket: Path, cookies: Sequence[str], streams: int) -> Seq
         [load.GrpcRequest.build(_METHOD, {"cookie": f"{COOKIE}={cookie}"}, message) for cookie in cookies]
     )
     expected = load.grpc_data(_ANSWER.SerializeToString())
-    return [load.GrpcConnection(socket, requests, expected, streams) for _ in range(_CONNECTIONS)]
+    return [load.GrpcConnection(socket, requests, expected.__eq__, streams) for _ in range(_CONNECTIONS)]
 
 
 def _verify(socket: Path, cookie: str, *, bare: bool) -> None:
@@ -202,7 +130,7 @@ def _rest_contender(gateway: stack.Gateway, peer: stack.Peer, cookies: Sequence[
         requests = itertools.cycle([_http_request(cookie) for cookie in cookies])
         return [load.HttpConnection(gateway.address, requests, bodies[0]) for _ in range(_HTTP_CONNECTIONS)]
 
-    return Contender("REST through Envoy, access logs", peer.cpu, verify, connect)
+    return server_contender("REST through Envoy, access logs", peer.cpu, verify, connect)
 
 
 def _http_request(cookie: str) -> bytes:
@@ -223,6 +151,9 @@ class Outcome:
     rest: Contender
     envoy_cpu_per_answer: float
     resident: int
+    get: Contender
+    link: Contender
+    basic: float
 
 
 def _run(options: Options, say: Callable[[str], None]) -> Outcome:
@@ -246,19 +177,29 @@ def _run(options: Options, say: Callable[[str], None]) -> Outcome:
             _grpc_contender("  with the access log", log_peer, many.cookies),
             _grpc_contender(f"GetKaiStatus, {options.few:,} rows", few_peer, few.cookies),
         )
-        for number in range(options.rounds):
-            for contender in contenders:
-                say(f"round {number + 1} of {options.rounds}: {contender.name}")
-                contender.measure(options.seconds)
+        _measure_rounds(contenders, options, say)
         # Every thread has its own connection to the database, with its own cache.
         say("all threads at once")
-        with _connected(lambda: _grpc_connections(many_peer.socket, many.cookies, _THREADS)) as busy:
+        with connected(lambda: _grpc_connections(many_peer.socket, many.cookies, _THREADS)) as busy:
             load.run(busy, options.seconds)
         resident = many_peer.resident()
         say("REST through Envoy")
         gateway = enter(stack.gateway(many, log_port, folder, load_core))
         rest = _rest_contender(gateway, log_peer, many.cookies)
-        return Outcome(*contenders, rest, _measure_rest(rest, gateway, options), resident)
+        envoy_cpu_per_answer = _measure_rest(rest, gateway, options)
+        say("linking")
+        get, link, basic = enter(
+            linking.contenders(folder, server_core, load_core, connections=_CONNECTIONS, streams=_STREAMS)
+        )
+        _measure_rounds((get, link), options, say)
+        return Outcome(*contenders, rest, envoy_cpu_per_answer, resident, get, link, basic)
+
+
+def _measure_rounds(contenders: Sequence[Contender], options: Options, say: Callable[[str], None]) -> None:
+    for number in range(options.rounds):
+        for contender in contenders:
+            say(f"round {number + 1} of {options.rounds}: {contender.name}")
+            contender.measure(options.seconds)
 
 
 def _measure_rest(rest: Contender, gateway: stack.Gateway, options: Options) -> float:
@@ -313,6 +254,13 @@ def _table(outcome: Outcome) -> Table:
     memory = f"{outcome.resident / 2**20:.0f} MiB"
     few_enough = outcome.resident <= _MOST_MEMORY
     table.add_row("resident memory after it all", memory, "", "≤ 120 MB", _mark(few_enough))
+    get, link = outcome.get, outcome.link
+    _add(table, get, "", "", None, "")
+    ratio = link.ratio(get)
+    by_cpu = f"{link.cpu_ratio(get):.2f}"
+    _add(table, link, f"{ratio:.2f} of GET", f"≥ {_LEAST_OF_GET}", ratio >= _LEAST_OF_GET, by_cpu)
+    quick_enough = outcome.basic <= _MOST_FOR_BASIC
+    table.add_row("  Basic", "", _micros(outcome.basic), f"≤ {_micros(_MOST_FOR_BASIC)}", _mark(quick_enough))
     return table
 
 

@@ -14,13 +14,18 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from doorward.identity.v1 import identity_service_pb2 as identity_pb
+from doorward.identity.v1 import identity_service_pb2_grpc as identity_stubs
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
-from tests.stack import Person, Stack
+from tests.stack import Client, Person, Stack
 
 STATUS = "/api/v1/users/me/integrations/kai/flo"
 CALLBACK = f"{STATUS}/oauth2callback"
+USERS, IDENTITIES = "/api/users", "/api/users/nobody/o-auth-identities"
+LOG_IN, SESSION, SESSIONS = "/api/auth/login-o-auth", "/api/auth/session", "/api/auth/sessions"
 SERVICE = "/doorward.integration.v1.IntegrationService"
+IDENTITY_SERVICE = "/doorward.identity.v1.IdentityService"
 JSON = b"content-type: application/json\r\n"
 TEXT = b"content-type: text/plain\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -88,6 +93,10 @@ def cookie(person: Person) -> bytes:
     return f"cookie: doorward_session={person.cookie}\r\n".encode()
 
 
+def authorization(client: Client) -> bytes:
+    return f"authorization: {client.headers['authorization']}\r\n".encode()
+
+
 def sized(body: bytes) -> bytes:
     return b"content-length: %d\r\n" % len(body)
 
@@ -138,6 +147,16 @@ def assert_asked_for(answer: Answer, *, connected: bool) -> None:
         f"{STATUS}/more",
         "/healthz/",
         "/healthz/more",
+        "/users",
+        "/api/v1/users/1",
+        "/api/users/1/more",
+        "/api/users//o-auth-identities/sandbox/1/more",
+        "/api/users/1/o-auth-identities/sandbox/",
+        "/api/users/1/o-auth-identities/sandbox/1/more",
+        "/api/users/1/oAuthIdentities",
+        "/api/auth",
+        "/api/auth/login",
+        "/api/auth/sessions/1",
         "/favicon.ico",
         "/metrics",
         "/stats",
@@ -147,6 +166,9 @@ def assert_asked_for(answer: Answer, *, connected: bool) -> None:
         f"{SERVICE}/GetKaiStatus",
         f"{SERVICE}/GetAccessToken",
         f"/api{SERVICE}/GetAccessToken",
+        f"{IDENTITY_SERVICE}/GetUser",
+        f"{IDENTITY_SERVICE}/CreateSession",
+        f"/api{IDENTITY_SERVICE}/CreateSession",
         "/grpc.health.v1.Health/Check",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     ],
@@ -162,6 +184,12 @@ def test_unknown_paths(stack: Stack, target: str) -> None:
     [
         *[(method, STATUS) for method in ("POST", "PUT", "PATCH", "HEAD", "OPTIONS", "TRACE")],
         *[(method, CALLBACK) for method in ("GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")],
+        *[(method, USERS) for method in ("GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")],
+        *[(method, f"{USERS}/1") for method in ("POST", "PUT", "HEAD", "OPTIONS")],
+        *[(method, IDENTITIES) for method in ("GET", "PUT", "PATCH", "DELETE")],
+        *[(method, f"{IDENTITIES}/sandbox/1") for method in ("GET", "POST", "PUT", "PATCH")],
+        *[(method, LOG_IN) for method in ("GET", "PUT", "PATCH", "DELETE", "HEAD")],
+        *[(method, target) for target in (SESSION, SESSIONS) for method in ("GET", "POST", "PUT", "HEAD")],
     ],
 )
 def test_unknown_methods(stack: Stack, person: Person, method: str, target: str) -> None:
@@ -228,30 +256,57 @@ def a_body(length: int) -> bytes:
 FRAMINGS = pytest.mark.parametrize("chunked", [False, True], ids=["content-length", "chunked"])
 
 
+@dataclass(frozen=True)
+class BodyRoute:
+    """A route that takes a body, and the refusal of an empty one that comes with a session."""
+
+    method: str
+    target: str
+    status: int
+    reason: str
+
+    def send(self, stack: Stack, headers: bytes, body: bytes, *, chunked: bool = False, query: str = "") -> Answer:
+        framing, payload = (CHUNKED, chunks(body)) if chunked else (sized(body), body)
+        return ask(stack, self.method, self.target + query, headers + framing, payload)
+
+
+BODY_ROUTES = {
+    "connect": BodyRoute("POST", CALLBACK, 400, "CODE_REQUIRED"),
+    "create": BodyRoute("POST", USERS, 401, "NO_API_CLIENT"),
+    "update": BodyRoute("PATCH", f"{USERS}/nobody", 401, "NO_API_CLIENT"),
+    "link": BodyRoute("POST", IDENTITIES, 401, "NO_API_CLIENT"),
+    "log in": BodyRoute("POST", LOG_IN, 400, "PROVIDER_REQUIRED"),
+}
+EVERY_BODY_ROUTE = pytest.mark.parametrize("route", BODY_ROUTES.values(), ids=BODY_ROUTES)
+
+
 def post(stack: Stack, headers: bytes, body: bytes, *, chunked: bool = False) -> Answer:
-    framing, payload = (CHUNKED, chunks(body)) if chunked else (sized(body), body)
-    return ask(stack, "POST", CALLBACK, headers + framing, payload)
+    return BODY_ROUTES["connect"].send(stack, headers, body, chunked=chunked)
 
 
 @FRAMINGS
-def test_a_body_over_64_kib(stack: Stack, person: Person, chunked: bool) -> None:
+@EVERY_BODY_ROUTE
+def test_a_body_over_64_kib(stack: Stack, person: Person, route: BodyRoute, chunked: bool) -> None:
     body = a_body(LARGEST_BODY + 1)
-    assert_error(post(stack, cookie(person) + JSON, body, chunked=chunked), 413, "BODY_TOO_LARGE", code=3)
+    assert_error(route.send(stack, cookie(person) + JSON, body, chunked=chunked), 413, "BODY_TOO_LARGE", code=3)
 
 
 @FRAMINGS
-def test_a_body_of_64_kib(stack: Stack, person: Person, chunked: bool) -> None:
+@EVERY_BODY_ROUTE
+def test_a_body_of_64_kib(stack: Stack, person: Person, route: BodyRoute, chunked: bool) -> None:
     body = a_body(LARGEST_BODY)
     assert len(body) == LARGEST_BODY
-    assert_error(post(stack, cookie(person) + JSON, body, chunked=chunked), 400, "CODE_REQUIRED")
+    assert_error(route.send(stack, cookie(person) + JSON, body, chunked=chunked), route.status, route.reason)
 
 
-def test_a_declared_length_is_believed(stack: Stack, person: Person) -> None:
-    answer = ask(stack, "POST", CALLBACK, cookie(person) + JSON + b"content-length: 99999999999\r\n", b"{}")
-    assert_error(answer, 413, "BODY_TOO_LARGE")
+@EVERY_BODY_ROUTE
+def test_a_declared_length_is_believed(stack: Stack, person: Person, route: BodyRoute) -> None:
+    headers = cookie(person) + JSON + b"content-length: 99999999999\r\n"
+    assert_error(ask(stack, route.method, route.target, headers, b"{}"), 413, "BODY_TOO_LARGE")
 
 
 @FRAMINGS
+@EVERY_BODY_ROUTE
 @pytest.mark.parametrize(
     "content_type",
     [
@@ -270,27 +325,77 @@ def test_a_declared_length_is_believed(stack: Stack, person: Person) -> None:
         "*/*",
     ],
 )
-def test_bodies_of_another_type(stack: Stack, person: Person, content_type: str | None, chunked: bool) -> None:
+def test_bodies_of_another_type(
+    stack: Stack, person: Person, route: BodyRoute, content_type: str | None, chunked: bool
+) -> None:
     headers = b"" if content_type is None else f"content-type: {content_type}\r\n".encode()
-    answer = post(stack, cookie(person) + headers, b'{"code":"x"}', chunked=chunked)
+    answer = route.send(stack, cookie(person) + headers, b'{"code":"x"}', chunked=chunked)
     assert_error(answer, 415, "UNSUPPORTED_MEDIA_TYPE")
     assert stack.provider.requests() == []
 
 
 @FRAMINGS
+@EVERY_BODY_ROUTE
 @pytest.mark.parametrize("headers", [JSON + TEXT, TEXT + JSON, JSON + JSON], ids=["json text", "text json", "twice"])
-def test_two_content_types(stack: Stack, person: Person, headers: bytes, chunked: bool) -> None:
-    answer = post(stack, cookie(person) + headers, b'{"code":"x"}', chunked=chunked)
+def test_two_content_types(stack: Stack, person: Person, route: BodyRoute, headers: bytes, chunked: bool) -> None:
+    answer = route.send(stack, cookie(person) + headers, b'{"code":"x"}', chunked=chunked)
     assert_error(answer, 415, "UNSUPPORTED_MEDIA_TYPE")
     assert stack.provider.requests() == []
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
-def test_bodies_of_another_type_where_none_is_awaited(stack: Stack, person: Person, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("GET", STATUS),
+        ("DELETE", STATUS),
+        ("GET", f"{USERS}/1"),
+        ("DELETE", f"{USERS}/1"),
+        ("DELETE", f"{IDENTITIES}/sandbox/1"),
+        ("DELETE", SESSION),
+        ("DELETE", SESSIONS),
+    ],
+)
+def test_bodies_of_another_type_where_none_is_awaited(stack: Stack, person: Person, method: str, target: str) -> None:
     stack.connect(person)
-    answer = ask(stack, method, STATUS, cookie(person) + TEXT + sized(b"hello"), b"hello")
+    answer = ask(stack, method, target, cookie(person) + TEXT + sized(b"hello"), b"hello")
     assert_error(answer, 415, "UNSUPPORTED_MEDIA_TYPE")
     assert_asked_for(ask(stack, "GET", STATUS, cookie(person)), connected=True)
+
+
+@EVERY_BODY_ROUTE
+@pytest.mark.parametrize(
+    "body",
+    [b"{bad", b"[]", b'"x"', b"null", b"{} {}", b'{"a":"\xff"}', b'{"name":"\\ud800","code":"\\ud800"}', b"{" * 5000],
+    ids=["syntax", "array", "string", "null", "trailing", "not utf-8", "surrogate", "deep"],
+)
+def test_malformed_json(stack: Stack, person: Person, route: BodyRoute, body: bytes) -> None:
+    answer = route.send(stack, cookie(person) + JSON, body)
+    if b"ud800" in body and route.reason == "NO_API_CLIENT":
+        assert answer.status in {400, 401}  # an unknown field is passed over
+    else:
+        assert_error(answer, 400, "MALFORMED_REQUEST", code=3)
+    assert stack.provider.requests() == []
+
+
+@EVERY_BODY_ROUTE
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", b'{"unknown":{"deep":[null,{"a":"b"}]},"@type":"x","Code":"y"}', b" \r\n\t{ } "],
+    ids=["nothing", "empty object", "unknown fields", "blanks"],
+)
+@pytest.mark.parametrize("query", ["", "?name=x&provider=sandbox&code=x&%63ode=x&accessToken=x&access_token=x"])
+def test_bodies_without_a_known_field(stack: Stack, person: Person, route: BodyRoute, body: bytes, query: str) -> None:
+    assert_error(route.send(stack, cookie(person) + JSON, body, query=query), route.status, route.reason)
+    assert stack.provider.requests() == []
+
+
+@EVERY_BODY_ROUTE
+@pytest.mark.parametrize(
+    "content_type", ["application/json; charset=utf-8", "APPLICATION/JSON", " \t application/json ;x"]
+)
+def test_the_ways_to_say_json(stack: Stack, person: Person, route: BodyRoute, content_type: str) -> None:
+    headers = cookie(person) + f"content-type: {content_type}\r\n".encode()
+    assert_error(route.send(stack, headers, b"{}"), route.status, route.reason)
 
 
 @FRAMINGS
@@ -383,6 +488,10 @@ def ask_by_http_2(stack: Stack, method: str, path: str, headers: dict[str, str],
         pytest.param("DELETE", STATUS, {TYPE: "text/plain"}, b"x", 415, "UNSUPPORTED_MEDIA_TYPE", id="text to revoke"),
         pytest.param("POST", CALLBACK, {}, b"", 400, "CODE_REQUIRED", id="streamed nothing"),
         pytest.param("POST", CALLBACK, {}, None, 400, "CODE_REQUIRED", id="no body"),
+        pytest.param("POST", LOG_IN, {TYPE: "application/json"}, b"{}", 400, "PROVIDER_REQUIRED", id="log in"),
+        pytest.param("POST", LOG_IN, {}, b"{}", 415, "UNSUPPORTED_MEDIA_TYPE", id="log in, no type"),
+        pytest.param("PATCH", f"{USERS}/1", {}, b"{}", 415, "UNSUPPORTED_MEDIA_TYPE", id="update, no type"),
+        pytest.param("DELETE", f"{USERS}/1", {}, b"x", 415, "UNSUPPORTED_MEDIA_TYPE", id="streamed text to delete"),
         pytest.param(
             "POST", CALLBACK, {TYPE: "application/json", LENGTH: "65537"}, b"{", 413, "BODY_TOO_LARGE", id="large"
         ),
@@ -491,13 +600,15 @@ def channel(stack: Stack) -> Iterator[grpc.Channel]:
         yield channel
 
 
-@pytest.mark.parametrize("service", ["token", "status", "health", "reflection"])
+@pytest.mark.parametrize("service", ["token", "status", "session", "user", "health", "reflection"])
 def test_a_grpc_client_gets_no_service(stack: Stack, person: Person, channel: grpc.Channel, service: str) -> None:
     metadata = (
         ("authorization", f"Bearer {stack.service_token('backend', 'bot', 'operator')}"),
         ("cookie", f"doorward_session={person.cookie}"),
     )
     stub = stubs.IntegrationServiceStub(channel)
+    identity = identity_stubs.IdentityServiceStub(channel)
+    of_client = (("authorization", stack.client().headers["authorization"]),)
     health = health_pb2_grpc.HealthStub(channel)
     reflect = reflection_pb2_grpc.ServerReflectionStub(channel)
     calls: dict[str, Callable[[], object]] = {
@@ -505,6 +616,10 @@ def test_a_grpc_client_gets_no_service(stack: Stack, person: Person, channel: gr
             pb.GetAccessTokenRequest(user=person.slug, provider="flo"), metadata=metadata
         ),
         "status": lambda: stub.GetKaiStatus(pb.GetKaiStatusRequest(user_id="me", kai_type="flo"), metadata=metadata),
+        "session": lambda: identity.CreateSession(
+            identity_pb.CreateSessionRequest(user=person.slug), metadata=metadata
+        ),
+        "user": lambda: identity.GetUser(identity_pb.GetUserRequest(handle=person.slug), metadata=of_client),
         "health": lambda: health.Check(health_pb2.HealthCheckRequest(), metadata=metadata),
         "reflection": lambda: list(
             reflect.ServerReflectionInfo(
@@ -523,6 +638,9 @@ def test_a_grpc_client_gets_no_service(stack: Stack, person: Person, channel: gr
     [
         pytest.param("POST", f"{SERVICE}/GetAccessToken", id="RPC"),
         pytest.param("POST", f"/api{SERVICE}/GetAccessToken", id="RPC below the API"),
+        pytest.param("POST", f"{IDENTITY_SERVICE}/CreateSession", id="another RPC"),
+        pytest.param("POST", LOG_IN, id="log in"),
+        pytest.param("DELETE", SESSIONS, id="log out"),
         pytest.param("POST", CALLBACK, id="connect"),
         pytest.param("GET", STATUS, id="status"),
         pytest.param("DELETE", STATUS, id="revoke"),
@@ -556,10 +674,15 @@ class Kind:
     headers: bytes = b""
     body: bytes = b""
     session: bool = True
+    client: bool = False
+    # What the answer's headers hold beside the usual.
+    more: frozenset[str] = frozenset()
 
     def ask(self, stack: Stack, person: Person, headers: bytes = b"") -> Answer:
-        of_person = cookie(person) if self.session else b""
-        answer = ask(stack, self.method, self.target, of_person + self.headers + headers, self.body)
+        caller = cookie(person) if self.session else b""
+        if self.client:
+            caller += authorization(stack.client())
+        answer = ask(stack, self.method, self.target, caller + self.headers + headers, self.body)
         assert answer.status == self.status
         return answer
 
@@ -577,6 +700,16 @@ KINDS = {
     "head": Kind(404, "HEAD"),
     "too large": Kind(413, "POST", CALLBACK, JSON + b"content-length: 70000\r\n"),
     "text": Kind(415, "POST", CALLBACK, TEXT + sized(b"{}"), b"{}"),
+    "no API client": Kind(401, target=f"{USERS}/1", more=frozenset({"www-authenticate"})),
+    "wrong API client": Kind(401, "POST", LOG_IN, b"authorization: Basic \r\n", more=frozenset({"www-authenticate"})),
+    "no user": Kind(404, target=f"{USERS}/nobody", client=True),
+    "bad handle": Kind(400, target=f"{USERS}/%ff", client=True),
+    "bad argument of a client": Kind(400, "POST", USERS, JSON + sized(b"{}"), b"{}", client=True),
+    "bad JSON of a client": Kind(400, "PATCH", f"{USERS}/1", JSON + sized(b"{bad"), b"{bad", client=True),
+    "text of a client": Kind(415, "POST", IDENTITIES, TEXT + sized(b"{}"), b"{}", client=True),
+    "no proof": Kind(400, "POST", LOG_IN, JSON + sized(b"{}"), b"{}", session=False),
+    "another origin": Kind(403, "POST", LOG_IN, b"origin: https://evil.example\r\n" + JSON + sized(b"{}"), b"{}"),
+    "nothing to log out of": Kind(401, "DELETE", SESSION, session=False),
 }
 # Envoy refuses these before it makes a request of them.
 UNREAD = {
@@ -588,6 +721,16 @@ UNREAD = {
     "large header": Kind(431, headers=b"x-y: %s\r\n" % (b"y" * 102_400)),
     "all options": Kind(404, "OPTIONS", "*"),
 }
+
+
+def names_of(answer: Answer) -> set[str]:
+    return {name.lower() for name in answer.headers}
+
+
+def cookies_of(answer: Answer) -> list[str]:
+    return [str(value) for value in answer.headers.get_all("set-cookie", [])]
+
+
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
@@ -600,13 +743,40 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 )
 def test_no_header_tells_of_the_inside(stack: Stack, person: Person, kind: Kind) -> None:
     answer = kind.ask(stack, person)
-    assert {name.lower() for name in answer.headers} <= HEADERS
+    assert names_of(answer) <= HEADERS | kind.more
+    assert names_of(answer) >= kind.more
 
 
 def test_the_connect_route_tells_nothing_of_the_inside(stack: Stack, person: Person) -> None:
     body = json.dumps({"code": stack.provider.code()}).encode()
     answer = ask(stack, "POST", CALLBACK, cookie(person) + JSON + sized(body), body)
-    assert (answer.status, {name.lower() for name in answer.headers} <= HEADERS) == (200, True)
+    assert (answer.status, names_of(answer) <= HEADERS) == (200, True)
+
+
+def test_the_identity_routes_tell_nothing_of_the_inside(stack: Stack) -> None:
+    client = stack.client()
+    user, identities = stack.person(client), b"/o-auth-identities"
+    proof = json.dumps({"provider": "sandbox", "accessToken": stack.provider.access_token(f"of-{user.id}")}).encode()
+    role, own = b'{"role":"teacher"}', f"{USERS}/{user.id}".encode()
+    steps: list[tuple[str, bytes, bytes, set[str]]] = [
+        ("GET", own, b"", set()),
+        ("PATCH", own, role, set()),
+        ("POST", own + identities, proof, set()),
+        ("POST", LOG_IN.encode(), proof, {"set-cookie"}),
+        ("DELETE", own + identities + f"/sandbox/of-{user.id}".encode(), b"", set()),
+        ("DELETE", own, b"", set()),
+    ]
+    for method, target, body, more in steps:
+        answer = ask(stack, method, target, authorization(client) + JSON + sized(body), body)
+        assert (answer.status, names_of(answer) - HEADERS) == (200, more), (method, target, answer.body)
+        stack.secrets.update(value.partition("=")[2].partition(";")[0] for value in cookies_of(answer))
+
+
+@pytest.mark.parametrize("target", [SESSION, SESSIONS])
+def test_the_log_out_routes_tell_nothing_of_the_inside(stack: Stack, person: Person, target: str) -> None:
+    answer = ask(stack, "DELETE", target, cookie(person))
+    assert (answer.status, names_of(answer) - HEADERS) == (200, {"set-cookie"})
+    assert len(cookies_of(answer)) == 1
 
 
 @pytest.mark.parametrize(
@@ -650,6 +820,25 @@ def test_the_request_id_stands_in_the_server_s_log(
     assert line["caller"] == (f"user:{person.id}" if kind.session else None)
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "body", "reason"),
+    [
+        ("GET", f"{USERS}/nobody", b"", "USER_NOT_FOUND"),
+        ("POST", USERS, b"{}", "INVALID_NAME"),
+        ("POST", LOG_IN, b"{}", "PROVIDER_REQUIRED"),
+    ],
+)
+def test_the_request_id_of_a_client_s_call_stands_in_the_server_s_log(
+    stack: Stack, method: str, target: str, body: bytes, reason: str
+) -> None:
+    client = stack.client()
+    answer = ask(stack, method, target, authorization(client) + JSON + sized(body), body)
+    request_id = answer.headers["x-request-id"]
+    log = (stack.logs / f"server-{stack.grpc_port}.log").read_text().splitlines()
+    [line] = [json.loads(line) for line in log if request_id in line]
+    assert (line["event"], line["reason"], line["caller"]) == ("call", reason, f"client:{client.id}")
+
+
 # Headers of requests
 
 
@@ -683,7 +872,7 @@ def test_headers_that_change_nothing(stack: Stack, person: Person, headers: byte
     answer = ask(stack, "POST", CALLBACK, cookie(person) + headers + JSON + sized(body), body)
     assert (answer.status, answer.body) == (200, b"{}")
     assert_asked_for(ask(stack, "GET", STATUS, cookie(person) + headers), connected=True)
-    assert {name.lower() for name in answer.headers} <= HEADERS
+    assert names_of(answer) <= HEADERS
     assert len(stack.provider.requests()) == 1
 
 

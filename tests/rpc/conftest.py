@@ -23,7 +23,7 @@ from doorward_server.app import SERVICES, App
 from doorward_server.clock import Clock
 from doorward_server.settings import Settings
 from tests.sandbox.client import SandboxProvider
-from tests.stack import Person, make_stack
+from tests.stack import Client, Person, make_stack
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods
@@ -43,7 +43,7 @@ class SetClock(Clock):
 
 @dataclass(frozen=True)
 class Result:
-    """How a call ended. `reason` and `error` are of the ErrorInfo; "" and None without one."""
+    """How a call ended. `reason`, `error` and `metadata` are of the ErrorInfo; without one "", None and nothing."""
 
     code: str
     message: str
@@ -52,6 +52,8 @@ class Result:
     domain: str
     trailers: dict[str, str | bytes]
     answer: Any = None
+    headers: dict[str, str | bytes] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def short(self) -> str:
@@ -71,7 +73,8 @@ def call(
     except grpc.RpcError as failure:
         return read_failure(failure)
     parsed = GetMessageClass(described.output_type).FromString(answer) if described else answer
-    return Result("OK", "", "", None, "", dict(finished.trailing_metadata()), parsed)
+    headers = dict(finished.initial_metadata())
+    return Result("OK", "", "", None, "", dict(finished.trailing_metadata()), parsed, headers)
 
 
 def read_failure(failure: Any) -> Result:
@@ -83,7 +86,14 @@ def read_failure(failure: Any) -> Result:
         [detail] = status.details
         assert detail.Unpack(info)
     return Result(
-        failure.code().name, failure.details(), info.reason, info.metadata.get("error"), info.domain, trailers
+        failure.code().name,
+        failure.details(),
+        info.reason,
+        info.metadata.get("error"),
+        info.domain,
+        trailers,
+        headers=dict(failure.initial_metadata()),
+        metadata=dict(info.metadata),
     )
 
 
@@ -106,12 +116,23 @@ class House:
         models.bind(self.only_app.database)
         return self.only_app
 
-    def person(self) -> Person:
+    def person(self, client: Client | None = None) -> Person:
+        """A new user with a session: an API client's, or else the operator's own."""
         self._people += 1
-        user = self.app.users.create(f"Person {self._people}")
+        user = self.app.users.create(f"Person {self._people}", client_id=client.id if client else None)
         _, cookie = self.app.sessions.create(user)
         self.secrets.add(cookie)
         return Person(user.id, user.slug, cookie)
+
+    def client(self) -> Client:
+        """A new API client."""
+        row, secret = self.app.clients.create("Client")
+        return self.known(Client(row.id, secret))
+
+    def known(self, client: Client) -> Client:
+        """The same client, whose secret no log may hold."""
+        self.secrets |= {client.secret, client.headers["authorization"].removeprefix("Basic ")}
+        return client
 
     def service_token(self, *roles: str, lifetime: timedelta | None = None) -> tuple[int, str]:
         """A token's id and value."""
@@ -125,6 +146,18 @@ class House:
     def lines(self, text: str) -> list[dict[str, Any]]:
         """The log's lines that hold a text."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if text in line]
+
+
+def cookie(value: str) -> Metadata:
+    return (("cookie", f"doorward_session={value}"),)
+
+
+def bearer(value: str) -> Metadata:
+    return (("authorization", f"Bearer {value}"),)
+
+
+def basic(client: Client) -> Metadata:
+    return (("authorization", client.headers["authorization"]),)
 
 
 @contextlib.contextmanager
@@ -159,7 +192,8 @@ def house(
     tmp_path_factory: pytest.TempPathFactory, logs: Path, shared_provider: SandboxProvider, secrets: set[str]
 ) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("rpc")
-    make_stack(folder / "home", logs, shared_provider, secrets)
+    # The tests of a house fail as often as they like.
+    make_stack(folder / "home", logs, shared_provider, secrets, "[limits]\nauth_failures = 0\n")
     log, clock = logs / f"{folder.name}.log", SetClock()
     with opened(settings_module.load(folder / "home"), log, clock) as app:
         yield House(app, clock, shared_provider, secrets, log, f"unix:{folder}/rpc.sock")

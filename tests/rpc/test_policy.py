@@ -1,6 +1,5 @@
 """Who may call what: one table of callers and RPCs, over the gateway's socket and over TCP."""
 
-import base64
 import itertools
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -8,23 +7,27 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from doorward.auth.v1 import policy_pb2
+from doorward.identity.v1 import identity_service_pb2 as identity
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward_server import service_tokens
 from doorward_server.app import SERVICES
 from doorward_server.rpc.policy import read_policies
-from tests.rpc.conftest import METHODS, House, Metadata, call
-from tests.stack import Person
+from tests.rpc.conftest import METHODS, House, Metadata, basic, bearer, call, cookie
+from tests.stack import Client, Person
 
 grpc_max_workers = 8
 
 _INTEGRATION = "/doorward.integration.v1.IntegrationService"
-_BASIC = "Basic " + base64.b64encode(b"client:secret").decode()
+_IDENTITY = "/doorward.identity.v1.IdentityService"
 _PASS = "PASS"
 _TRANSPORTS = ("socket", "tcp")
+_OWNERS = ("self", "session", "client", "anyone or client", "backend")
 
 # Every RPC: whose it is, a request that names the person, and what one who passes is told.
 RPCS: dict[str, tuple[str, Callable[[Person], Message], str]] = {
@@ -48,68 +51,153 @@ RPCS: dict[str, tuple[str, Callable[[Person], Message], str]] = {
         lambda person: pb.GetAccessTokenRequest(user=person.slug, provider="flo"),
         "NOT_FOUND NOT_CONNECTED",
     ),
+    f"{_IDENTITY}/CreateUser": (
+        "client",
+        lambda _: identity.CreateUserRequest(),
+        "INVALID_ARGUMENT INVALID_NAME",
+    ),
+    f"{_IDENTITY}/GetUser": (
+        "client",
+        lambda person: identity.GetUserRequest(handle=person.slug),
+        "OK",
+    ),
+    f"{_IDENTITY}/UpdateUser": (
+        "client",
+        lambda person: identity.UpdateUserRequest(handle=str(person.id)),
+        "OK",
+    ),
+    f"{_IDENTITY}/DeleteUser": (
+        "client",
+        lambda person: identity.DeleteUserRequest(handle=f"not-{person.slug}"),
+        "NOT_FOUND USER_NOT_FOUND",
+    ),
+    f"{_IDENTITY}/AddOAuthIdentity": (
+        "client",
+        lambda person: identity.AddOAuthIdentityRequest(handle=person.slug),
+        "INVALID_ARGUMENT PROVIDER_REQUIRED",
+    ),
+    f"{_IDENTITY}/RemoveOAuthIdentity": (
+        "client",
+        lambda person: identity.RemoveOAuthIdentityRequest(handle=person.slug, provider="sandbox", id="7"),
+        "NOT_FOUND IDENTITY_NOT_FOUND",
+    ),
+    f"{_IDENTITY}/LogIn": (
+        "anyone or client",
+        lambda _: identity.LogInRequest(),
+        "INVALID_ARGUMENT PROVIDER_REQUIRED",
+    ),
+    f"{_IDENTITY}/LogOut": (
+        "session",
+        lambda _: identity.LogOutRequest(),
+        "OK",
+    ),
+    f"{_IDENTITY}/LogOutEverywhere": (
+        "session",
+        lambda _: identity.LogOutEverywhereRequest(),
+        "OK",
+    ),
+    f"{_IDENTITY}/CreateSession": (
+        "backend",
+        lambda person: identity.CreateSessionRequest(user=person.slug),
+        "OK",
+    ),
 }
 
 _NO_SESSION, _NO_TOKEN = "UNAUTHENTICATED NO_SESSION", "UNAUTHENTICATED NO_SERVICE_TOKEN"
 _SESSION, _TOKEN = "PERMISSION_DENIED SESSION_REQUIRED", "PERMISSION_DENIED SERVICE_TOKEN_REQUIRED"
 _NOT_SELF, _ROLE = "PERMISSION_DENIED NOT_SELF", "PERMISSION_DENIED ROLE_REQUIRED"
+_NO_CLIENT = "UNAUTHENTICATED NO_API_CLIENT"
 
-# Every kind of caller, over each transport: what the person's own RPCs and a backend's answer.
-CALLERS: dict[tuple[str, str], dict[str, str]] = {
-    ("nobody", "socket"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("own session", "socket"): {"self": _PASS, "backend": _TOKEN},
-    ("another's session", "socket"): {"self": _NOT_SELF, "backend": _TOKEN},
-    ("unknown cookie", "socket"): {"self": _NO_SESSION, "backend": _TOKEN},
-    ("empty cookie", "socket"): {"self": _NO_SESSION, "backend": _TOKEN},
-    ("expired session", "socket"): {"self": _NO_SESSION, "backend": _TOKEN},
-    ("revoked session", "socket"): {"self": _NO_SESSION, "backend": _TOKEN},
-    ("basic", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("unknown bearer", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("session as bearer", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("token as cookie", "socket"): {"self": _NO_SESSION, "backend": _TOKEN},
+# Every kind of caller, over each transport: what the RPCs of each owner answer, in the order of _OWNERS.
+CALLERS: dict[tuple[str, str], tuple[str, str, str, str, str]] = {
+    ("nobody", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _PASS, _TOKEN),
+    ("another's session", "socket"): (_NOT_SELF, _PASS, _NO_CLIENT, _PASS, _TOKEN),
+    ("unknown cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
+    ("empty cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
+    ("expired session", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
+    ("revoked session", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
+    ("client", "socket"): (_SESSION, _SESSION, _PASS, _PASS, _NO_TOKEN),
+    ("client with an old secret", "socket"): (_SESSION, _SESSION, _PASS, _PASS, _NO_TOKEN),
+    ("client and own session", "socket"): (_PASS, _PASS, _PASS, _PASS, _TOKEN),
+    # Credentials that are presented have to be right, also where none are needed.
+    ("wrong secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("wrong secret and own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, _TOKEN),
+    ("expired secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("another client's secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("unknown client", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("disabled client", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("malformed basic", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("empty authorization", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("secret as bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("secret as cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
+    ("unknown bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("session as bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("token as cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
     # A service token that comes through the gateway is none.
-    ("backend token", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("backend and bot token", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("bot token", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("operator token", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("expired token", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("revoked token", "socket"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("own session and backend token", "socket"): {"self": _PASS, "backend": _TOKEN},
+    ("backend token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("backend and bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("operator token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("expired token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("revoked token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("own session and backend token", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, _TOKEN),
     # A cookie that does not come through the gateway is none.
-    ("nobody", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("own session", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("another's session", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("unknown cookie", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("empty cookie", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("expired session", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("revoked session", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("basic", "tcp"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("unknown bearer", "tcp"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("session as bearer", "tcp"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("token as cookie", "tcp"): {"self": _NO_SESSION, "backend": _NO_TOKEN},
-    ("backend token", "tcp"): {"self": _SESSION, "backend": _PASS},
-    ("backend and bot token", "tcp"): {"self": _SESSION, "backend": _PASS},
-    ("bot token", "tcp"): {"self": _SESSION, "backend": _ROLE},
-    ("operator token", "tcp"): {"self": _SESSION, "backend": _ROLE},
-    ("expired token", "tcp"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("revoked token", "tcp"): {"self": _SESSION, "backend": _NO_TOKEN},
-    ("own session and backend token", "tcp"): {"self": _SESSION, "backend": _PASS},
+    ("nobody", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("own session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("another's session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("unknown cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("empty cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("expired session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("revoked session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("secret as cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    ("token as cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
+    # And so are Basic credentials, right ones too.
+    ("client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("client with an old secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("client and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("wrong secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("wrong secret and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("expired secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("another client's secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("unknown client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("disabled client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("malformed basic", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("empty authorization", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("secret as bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("unknown bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("session as bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("backend token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS),
+    ("backend and bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS),
+    ("bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _ROLE),
+    ("operator token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _ROLE),
+    ("expired token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("revoked token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
+    ("own session and backend token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS),
+}
+# Of each owner a caller who passes, and where.
+PASSING = {
+    "self": ("own session", "socket"),
+    "session": ("own session", "socket"),
+    "client": ("client", "socket"),
+    "anyone or client": ("nobody", "socket"),
+    "backend": ("backend token", "tcp"),
 }
 
 
-def cookie(value: str) -> Metadata:
-    return (("cookie", f"doorward_session={value}"),)
-
-
-def bearer(value: str) -> Metadata:
-    return (("authorization", f"Bearer {value}"),)
+def outcome_of(caller: str, transport: str, method: str) -> str:
+    """What the table says; what one who passes is told included."""
+    owner, _, passed = RPCS[method]
+    outcome = CALLERS[caller, transport][_OWNERS.index(owner)]
+    return passed if outcome == _PASS else outcome
 
 
 class Callers:
     """The person that the requests name, and the credentials of every kind of caller."""
 
     def __init__(self, house: House) -> None:
-        self.person, other, revoked = (house.person() for _ in range(3))
+        client = house.client()
+        self.person, other, revoked = house.person(client), house.person(), house.person()
         house.clock.ahead = timedelta(seconds=-house.app.settings.sessions.lifetime)
         expired = house.person()
         _, expired_token = house.service_token("backend", lifetime=timedelta(seconds=1))
@@ -128,21 +216,46 @@ class Callers:
             "expired": expired_token,
             "revoked": revoked_token,
         }
+        own = cookie(self.person.cookie)
         self.metadata: dict[str, Metadata] = {
             "nobody": (),
-            "own session": cookie(self.person.cookie),
+            "own session": own,
             "another's session": cookie(other.cookie),
             "unknown cookie": cookie("unknown"),
             "empty cookie": cookie(""),
             "expired session": cookie(expired.cookie),
             "revoked session": cookie(revoked.cookie),
-            "basic": (("authorization", _BASIC),),
             "unknown bearer": bearer("dwt_unknown"),
             "session as bearer": bearer(self.person.cookie),
             "token as cookie": cookie(backend),
-            "own session and backend token": cookie(self.person.cookie) + bearer(backend),
+            "own session and backend token": own + bearer(backend),
             **{f"{name} token": bearer(value) for name, value in tokens.items()},
+            **_clients(house, client, own),
         }
+
+
+def _clients(house: House, client: Client, own: Metadata) -> dict[str, Metadata]:
+    """The credentials of the person's client, of other clients, and of none."""
+    clients, other, disabled, brief = house.app.clients, house.client(), house.client(), house.client()
+    clients.enable(disabled.id, enabled=False)
+    clients.rotate(brief.id, timedelta(0))
+    house.known(Client(client.id, new := clients.rotate(client.id, timedelta(days=1))))
+    wrong = Client(client.id, "dws_wrong")
+    return {
+        "client": basic(Client(client.id, new)),
+        "client with an old secret": basic(client),
+        "client and own session": own + basic(client),
+        "wrong secret": basic(wrong),
+        "wrong secret and own session": own + basic(wrong),
+        "expired secret": basic(brief),
+        "another client's secret": basic(Client(client.id, other.secret)),
+        "unknown client": basic(Client("dwc_unknown", client.secret)),
+        "disabled client": basic(disabled),
+        "malformed basic": (("authorization", f"Basic {client.id}:{client.secret}"),),
+        "empty authorization": (("authorization", ""),),
+        "secret as bearer": bearer(client.secret),
+        "secret as cookie": cookie(client.secret),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -158,20 +271,25 @@ def channels(over_socket: grpc.Channel, over_tcp: grpc.Channel) -> dict[str, grp
 def test_the_tables_are_complete(callers: Callers) -> None:
     assert set(RPCS) == set(METHODS)
     assert set(CALLERS) == set(itertools.product(callers.metadata, _TRANSPORTS))
-    owners = {owner for owner, _, _ in RPCS.values()}
-    assert all(set(outcomes) == owners for outcomes in CALLERS.values())
+    assert {owner for owner, _, _ in RPCS.values()} == set(_OWNERS) == set(PASSING)
 
 
-@pytest.mark.parametrize("method", RPCS, ids=lambda method: method.rpartition("/")[2])
+EVERY_RPC = pytest.mark.parametrize("method", RPCS, ids=lambda method: method.rpartition("/")[2])
+
+
+@EVERY_RPC
 @pytest.mark.parametrize(("caller", "transport"), CALLERS, ids=map(" over ".join, CALLERS))
 def test_who_may_call(
-    callers: Callers, channels: dict[str, grpc.Channel], caller: str, transport: str, method: str
+    house: House, callers: Callers, channels: dict[str, grpc.Channel], caller: str, transport: str, method: str
 ) -> None:
-    owner, make_request, passed = RPCS[method]
-    outcome = CALLERS[caller, transport][owner]
+    owner, make_request, _ = RPCS[method]
+    outcome = outcome_of(caller, transport, method)
+    if owner == "session" and outcome == "OK":
+        callers = Callers(house)  # for whoever passes is logged out
     result = call(channels[transport], method, make_request(callers.person), callers.metadata[caller])
-    assert result.short == (passed if outcome == _PASS else outcome)
+    assert result.short == outcome
     assert result.domain == ("" if result.code == "OK" else "doorward")
+    assert result.trailers.get("www-authenticate") == ('Basic realm="doorward"' if outcome == _NO_CLIENT else None)
 
 
 FORGED: dict[str, Metadata] = {
@@ -184,16 +302,19 @@ FORGED: dict[str, Metadata] = {
 
 
 @pytest.mark.parametrize("forged", FORGED)
-@pytest.mark.parametrize("method", RPCS, ids=lambda method: method.rpartition("/")[2])
-def test_forged_metadata_makes_no_gateway(callers: Callers, over_tcp: grpc.Channel, method: str, forged: str) -> None:
-    owner, make_request, _ = RPCS[method]
-    metadata = FORGED[forged] + callers.metadata["own session"]
+@pytest.mark.parametrize("caller", ["own session", "client"])
+@EVERY_RPC
+def test_forged_metadata_makes_no_gateway(
+    callers: Callers, over_tcp: grpc.Channel, method: str, caller: str, forged: str
+) -> None:
+    _, make_request, _ = RPCS[method]
+    metadata = FORGED[forged] + callers.metadata[caller]
     result = call(over_tcp, method, make_request(callers.person), metadata)
-    assert result.short == CALLERS["own session", "tcp"][owner]
+    assert result.short == outcome_of(caller, "tcp", method)
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer  "], ids=["lower", "upper", "spaces"])
-def test_the_scheme_s_case_does_not_matter(callers: Callers, over_tcp: grpc.Channel, scheme: str) -> None:
+def test_the_case_of_bearer_does_not_matter(callers: Callers, over_tcp: grpc.Channel, scheme: str) -> None:
     [(_, value)] = callers.metadata["backend token"]
     assert isinstance(value, str)
     metadata: Metadata = (("authorization", f"{scheme} {value.split()[1]}"),)
@@ -201,19 +322,65 @@ def test_the_scheme_s_case_does_not_matter(callers: Callers, over_tcp: grpc.Chan
     assert call(over_tcp, f"{_INTEGRATION}/GetAccessToken", request, metadata).short == "NOT_FOUND NOT_CONNECTED"
 
 
+@pytest.mark.parametrize("scheme", ["basic", "BASIC", "bAsIc", "Basic  "], ids=["lower", "upper", "mixed", "spaces"])
+def test_the_case_of_basic_does_not_matter(callers: Callers, over_socket: grpc.Channel, scheme: str) -> None:
+    [(_, value)] = callers.metadata["client"]
+    assert isinstance(value, str)
+    metadata: Metadata = (("authorization", f"{scheme} {value.split()[1]}"),)
+    request = identity.GetUserRequest(handle=callers.person.slug)
+    assert call(over_socket, f"{_IDENTITY}/GetUser", request, metadata).short == "OK"
+
+
+# Origins
+
+
+_FOREIGN = "PERMISSION_DENIED ORIGIN_NOT_ALLOWED"
+
+
 @pytest.mark.parametrize(
-    ("origin", "outcome"),
+    ("origin", "allowed"),
     [
-        ("http://127.0.0.1:8080", "OK"),
-        ("https://evil.example", "PERMISSION_DENIED ORIGIN_NOT_ALLOWED"),
-        ("null", "PERMISSION_DENIED ORIGIN_NOT_ALLOWED"),
-        ("", "PERMISSION_DENIED ORIGIN_NOT_ALLOWED"),
+        ("http://127.0.0.1:8080", True),
+        ("HTTP://127.0.0.1:8080", True),
+        ("https://127.0.0.1:8080", False),
+        ("http://127.0.0.1", False),
+        ("https://evil.example", False),
+        ("null", False),
+        ("", False),
     ],
 )
-def test_the_origin_of_a_session_s_call(callers: Callers, over_socket: grpc.Channel, origin: str, outcome: str) -> None:
-    request = pb.GetKaiStatusRequest(user_id="me", kai_type="flo")
-    metadata = (*callers.metadata["own session"], ("origin", origin))
-    assert call(over_socket, f"{_INTEGRATION}/GetKaiStatus", request, metadata).short == outcome
+@pytest.mark.parametrize(
+    ("method", "caller"),
+    [
+        (f"{_INTEGRATION}/GetKaiStatus", "own session"),
+        (f"{_IDENTITY}/LogIn", "nobody"),
+        (f"{_IDENTITY}/LogIn", "own session"),
+        (f"{_IDENTITY}/LogIn", "client"),
+        (f"{_IDENTITY}/LogOut", "unknown cookie"),
+    ],
+    ids=["status", "log-in by nobody", "log-in with a session", "log-in by a client", "log-out"],
+)
+def test_which_origins_are_allowed(
+    callers: Callers, over_socket: grpc.Channel, method: str, caller: str, origin: str, allowed: bool
+) -> None:
+    _, make_request, _ = RPCS[method]
+    metadata = (*callers.metadata[caller], ("origin", origin))
+    result = call(over_socket, method, make_request(callers.person), metadata)
+    assert result.short == (outcome_of(caller, "socket", method) if allowed else _FOREIGN)
+
+
+@EVERY_RPC
+def test_who_looks_at_the_origin(
+    house: House, callers: Callers, channels: dict[str, grpc.Channel], method: str
+) -> None:
+    """What browsers send cookies along with; clients and backends prove themselves by what no page has."""
+    owner, make_request, passed = RPCS[method]
+    caller, transport = PASSING[owner]
+    metadata = (*callers.metadata[caller], ("origin", "https://evil.example"))
+    result = call(channels[transport], method, make_request(callers.person), metadata)
+    assert result.short == (_FOREIGN if owner in ("self", "session", "anyone or client") else passed)
+    # Nobody was logged out.
+    assert house.app.sessions.find(callers.person.cookie)
 
 
 # What the protos declare
@@ -231,6 +398,10 @@ def test_every_rpc_declares_a_policy(method: Any) -> None:
     assert policy_pb2.ROLE_UNSPECIFIED not in policy.roles
     if policy_pb2.CALLER_KIND_SELF_SESSION in kinds:
         assert "user_id" in method.input_type.fields_by_name
+    if policy_pb2.CALLER_KIND_SESSION in kinds:
+        assert not method.input_type.fields
+    if method.output_type.name == "User" and policy_pb2.CALLER_KIND_ANYONE in kinds:
+        assert policy.same_origin  # it sets a cookie
 
 
 def test_the_roles_of_tokens_are_those_of_the_protos() -> None:
@@ -242,6 +413,39 @@ def test_a_service_without_policies_is_refused() -> None:
     health = health_pb2.DESCRIPTOR.services_by_name["Health"]
     with pytest.raises(LookupError, match=r"grpc\.health\.v1\.Health\.\w+ declares no policy"):
         read_policies([*SERVICES, health], frozenset())
+
+
+def declare(name: str, *callers: str) -> ServiceDescriptor:
+    """A service with one RPC that these kinds of callers may call."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name=f"tests/{name}.proto", package=f"tests.{name}", dependency=[policy_pb2.DESCRIPTOR.name]
+    )
+    method = file.service.add(name="Service").method.add(
+        name="Call", input_type=".doorward.auth.v1.Policy", output_type=".doorward.auth.v1.Policy"
+    )
+    policy = method.options.Extensions[policy_pb2.policy]
+    policy.callers.extend(policy_pb2.CallerKind.Value(f"CALLER_KIND_{caller}") for caller in callers)
+    pool = descriptor_pool.Default()
+    service: ServiceDescriptor = pool.AddSerializedFile(file.SerializeToString()).services_by_name["Service"]
+    return service
+
+
+@pytest.mark.parametrize(
+    ("name", "callers"),
+    [
+        ("nobody", ()),
+        ("unspecified", ("UNSPECIFIED",)),
+        ("application", ("APPLICATION",)),
+        ("self_or_session", ("SELF_SESSION", "SESSION")),
+        ("self_or_client", ("SELF_SESSION", "API_CLIENT")),
+        ("self_or_anyone", ("SELF_SESSION", "ANYONE")),
+        ("client_or_service", ("API_CLIENT", "SERVICE")),
+        ("anyone_or_service", ("ANYONE", "SERVICE")),
+    ],
+)
+def test_callers_that_nothing_judges_yet_are_refused(name: str, callers: tuple[str, ...]) -> None:
+    with pytest.raises(LookupError, match=rf"tests\.{name}\.Service\.Call: callers are not judged"):
+        read_policies([declare(name, *callers)], frozenset())
 
 
 class Registered(grpc.Server):

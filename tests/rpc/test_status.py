@@ -15,15 +15,17 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
+from doorward.auth.v1 import policy_pb2
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server import errors
 from doorward_server.errors import CallError
+from doorward_server.oauth import NoTokenGranted
 from doorward_server.outbound import ConnectTimeout, NotConnectable
 from doorward_server.rpc.integration import IntegrationServicer
 from doorward_server.rpc.status import status_code, trailing_metadata
-from tests.rpc.conftest import METHODS, House, Metadata, call, opened, served
-from tests.stack import Person, Stack
+from tests.rpc.conftest import METHODS, House, Metadata, basic, bearer, call, cookie, opened, served
+from tests.stack import Client, Person, Stack
 
 grpc_max_workers = 4
 
@@ -38,6 +40,7 @@ CODES = {
     "NOT_FOUND": 5,
     "ALREADY_EXISTS": 6,
     "PERMISSION_DENIED": 7,
+    "RESOURCE_EXHAUSTED": 8,
     "FAILED_PRECONDITION": 9,
     "ABORTED": 10,
     "INTERNAL": 13,
@@ -52,32 +55,53 @@ ERRORS: dict[type[CallError], tuple[str, str]] = {
     errors.InvalidMinTtl: ("INVALID_ARGUMENT", "INVALID_MIN_TTL"),
     errors.InvalidName: ("INVALID_ARGUMENT", "INVALID_NAME"),
     errors.InvalidEmail: ("INVALID_ARGUMENT", "INVALID_EMAIL"),
+    errors.InvalidField: ("INVALID_ARGUMENT", "INVALID_FIELD"),
+    errors.ProviderRequired: ("INVALID_ARGUMENT", "PROVIDER_REQUIRED"),
+    errors.TokenOrCodeRequired: ("INVALID_ARGUMENT", "TOKEN_OR_CODE_REQUIRED"),
+    errors.TokenOrCodeTooLong: ("INVALID_ARGUMENT", "TOKEN_OR_CODE_TOO_LONG"),
+    errors.ProviderHasNoTokenUrl: ("INVALID_ARGUMENT", "PROVIDER_HAS_NO_TOKEN_URL"),
+    errors.LookupRejected: ("INVALID_ARGUMENT", "LOOKUP_REJECTED"),
+    errors.LookupWithoutId: ("INVALID_ARGUMENT", "LOOKUP_WITHOUT_ID"),
     errors.ProviderNotConfigured: ("FAILED_PRECONDITION", "PROVIDER_NOT_CONFIGURED"),
     errors.NeedsReauth: ("FAILED_PRECONDITION", "NEEDS_REAUTH"),
     errors.RefreshRejected: ("FAILED_PRECONDITION", "REFRESH_REJECTED"),
     errors.NoSession: ("UNAUTHENTICATED", "NO_SESSION"),
     errors.NoServiceToken: ("UNAUTHENTICATED", "NO_SERVICE_TOKEN"),
+    errors.NoApiClient: ("UNAUTHENTICATED", "NO_API_CLIENT"),
     errors.SessionRequired: ("PERMISSION_DENIED", "SESSION_REQUIRED"),
     errors.NotSelf: ("PERMISSION_DENIED", "NOT_SELF"),
     errors.OriginNotAllowed: ("PERMISSION_DENIED", "ORIGIN_NOT_ALLOWED"),
     errors.ServiceTokenRequired: ("PERMISSION_DENIED", "SERVICE_TOKEN_REQUIRED"),
     errors.RoleRequired: ("PERMISSION_DENIED", "ROLE_REQUIRED"),
+    errors.NotYourUser: ("PERMISSION_DENIED", "NOT_YOUR_USER"),
     errors.NoConnection: ("NOT_FOUND", "NOT_CONNECTED"),
     errors.UserNotFound: ("NOT_FOUND", "USER_NOT_FOUND"),
     errors.SessionNotFound: ("NOT_FOUND", "SESSION_NOT_FOUND"),
     errors.ServiceTokenNotFound: ("NOT_FOUND", "SERVICE_TOKEN_NOT_FOUND"),
+    errors.ApiClientNotFound: ("NOT_FOUND", "API_CLIENT_NOT_FOUND"),
+    errors.ProviderNotFound: ("NOT_FOUND", "PROVIDER_NOT_FOUND"),
+    errors.IdentityNotFound: ("NOT_FOUND", "IDENTITY_NOT_FOUND"),
+    errors.NoSuchIdentity: ("NOT_FOUND", "NO_SUCH_IDENTITY"),
     errors.SlugTaken: ("ALREADY_EXISTS", "SLUG_TAKEN"),
     errors.EmailTaken: ("ALREADY_EXISTS", "EMAIL_TAKEN"),
+    errors.IdentityTaken: ("ALREADY_EXISTS", "IDENTITY_TAKEN"),
+    errors.TooManyFailures: ("RESOURCE_EXHAUSTED", "TOO_MANY_FAILURES"),
     errors.NotConnected: ("ABORTED", "NOT_CONNECTED"),
     errors.CodeAlreadyUsed: ("ABORTED", "CODE_ALREADY_USED"),
     errors.ProviderUnavailable: ("UNAVAILABLE", "PROVIDER_UNAVAILABLE"),
     NotConnectable: ("UNAVAILABLE", "PROVIDER_UNAVAILABLE"),
     errors.ProviderMalformed: ("UNAVAILABLE", "PROVIDER_MALFORMED"),
+    NoTokenGranted: ("UNAVAILABLE", "PROVIDER_MALFORMED"),
     errors.Busy: ("UNAVAILABLE", "BUSY"),
     errors.StorageUnavailable: ("UNAVAILABLE", "STORAGE_UNAVAILABLE"),
     errors.ProviderTimeout: ("DEADLINE_EXCEEDED", "PROVIDER_TIMEOUT"),
     ConnectTimeout: ("DEADLINE_EXCEEDED", "PROVIDER_TIMEOUT"),
     errors.Internal: ("INTERNAL", "INTERNAL"),
+}
+# What HTTP callers see beside the answer, of errors with the metadata `{"error": ..., "retry_after": "17"}`.
+HEADERS: dict[type[CallError], tuple[str, str]] = {
+    errors.NoApiClient: ("www-authenticate", 'Basic realm="doorward"'),
+    errors.TooManyFailures: ("retry-after", "17"),
 }
 
 
@@ -100,9 +124,10 @@ def test_the_table_holds_every_error() -> None:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_what_an_error_says(error: type[CallError]) -> None:
     code, reason = ERRORS[error]
-    failure = error({"error": "invalid_client"})
+    metadata = {"error": "invalid_client"} | ({"retry_after": "17"} if error is errors.TooManyFailures else {})
+    failure = error(metadata)
     assert (status_code(failure).name, status_code(failure).value[0]) == (code, CODES[code])
-    [(key, value)] = trailing_metadata(failure)
+    (key, value), *headers = trailing_metadata(failure)
     assert key == "grpc-status-details-bin"
     assert isinstance(value, bytes)
     status, info = Status.FromString(value), ErrorInfo()
@@ -110,7 +135,8 @@ def test_what_an_error_says(error: type[CallError]) -> None:
     [detail] = status.details
     assert detail.type_url == "type.googleapis.com/google.rpc.ErrorInfo"
     assert detail.Unpack(info)
-    assert (info.reason, info.domain, dict(info.metadata)) == (reason, "doorward", {"error": "invalid_client"})
+    assert (info.reason, info.domain, dict(info.metadata)) == (reason, "doorward", metadata)
+    assert headers == ([HEADERS[error]] if error in HEADERS else [])
     assert str(failure) == error.message
     assert error.message.isascii()
     assert error.message == error.message.strip() != ""
@@ -126,77 +152,110 @@ def person(house: House) -> Person:
 
 @pytest.fixture(scope="module")
 def of_person(person: Person) -> Metadata:
-    return (("cookie", f"doorward_session={person.cookie}"),)
+    return cookie(person.cookie)
 
 
 @pytest.fixture(scope="module")
 def of_backend(house: House) -> Metadata:
-    return (("authorization", f"Bearer {house.service_token('backend')[1]}"),)
+    return bearer(house.service_token("backend")[1])
+
+
+@pytest.fixture(scope="module")
+def of_client(house: House) -> Metadata:
+    return basic(house.client())
+
+
+Entrance = tuple[grpc.Channel, Metadata]
 
 
 @pytest.fixture
 def entrances(
-    over_socket: grpc.Channel, over_tcp: grpc.Channel, of_person: Metadata, of_backend: Metadata
-) -> dict[bool, tuple[grpc.Channel, Metadata]]:
-    """How to get past authentication: for the RPCs of a user, and for the others."""
-    return {True: (over_socket, of_person), False: (over_tcp, of_backend)}
+    over_socket: grpc.Channel,
+    over_tcp: grpc.Channel,
+    of_person: Metadata,
+    of_client: Metadata,
+    of_backend: Metadata,
+) -> dict[int, Entrance]:
+    """How to get past authentication, by the kind of the callers."""
+    return {
+        policy_pb2.CALLER_KIND_SELF_SESSION: (over_socket, of_person),
+        policy_pb2.CALLER_KIND_SESSION: (over_socket, of_person),
+        policy_pb2.CALLER_KIND_API_CLIENT: (over_socket, of_client),
+        policy_pb2.CALLER_KIND_SERVICE: (over_tcp, of_backend),
+        policy_pb2.CALLER_KIND_ANYONE: (over_socket, ()),
+    }
 
 
-def is_for_users(method: str) -> bool:
-    return "user_id" in METHODS[method].input_type.fields_by_name
+def callers_of(method: str) -> list[int]:
+    return [*METHODS[method].GetOptions().Extensions[policy_pb2.policy].callers]
 
 
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.rpartition("/")[2])
-
-
-@EVERY_METHOD
 @pytest.mark.parametrize(
-    "message",
-    [b"\xff\xff\xff\xff", b"\x0a", b"\x0a\x05me", b"\x0a\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\xff\x01", b"\x07"],
-    ids=["garbage", "cut tag", "cut string", "not UTF-8", "long length", "wire type"],
+    ("method", "message"),
+    [
+        pytest.param(method, message, id=f"{METHODS[method].name} {name}")
+        for method in METHODS
+        for name, message in {
+            "garbage": b"\xff\xff\xff\xff",
+            "cut tag": b"\x0a",
+            "cut string": b"\x0a\x05me",
+            "not UTF-8": b"\x0a\x02\xff\xfe",
+            "long length": b"\x0a\xff\xff\xff\xff\xff\x01",
+            "wire type": b"\x07",
+        }.items()
+        # Of a field that the message does not have nothing is known.
+        if name != "not UTF-8" or METHODS[method].input_type.fields
+    ],
 )
 def test_messages_that_do_not_parse(
-    entrances: dict[bool, tuple[grpc.Channel, Metadata]], over_socket: grpc.Channel, method: str, message: bytes
+    entrances: dict[int, Entrance], over_socket: grpc.Channel, method: str, message: bytes
 ) -> None:
-    channel, metadata = entrances[is_for_users(method)]
-    assert call(channel, method, message, metadata).short == "INVALID_ARGUMENT MALFORMED_REQUEST"
-    # Nobody learns that much without credentials.
-    assert call(over_socket, method, message).code == "UNAUTHENTICATED"
+    kinds = callers_of(method)
+    for kind in kinds:
+        channel, metadata = entrances[kind]
+        assert call(channel, method, message, metadata).short == "INVALID_ARGUMENT MALFORMED_REQUEST"
+    if policy_pb2.CALLER_KIND_ANYONE not in kinds:
+        # Nobody learns that much without credentials.
+        assert call(over_socket, method, message).code == "UNAUTHENTICATED"
 
 
-def nul_requests(person: str) -> Iterator[Any]:
-    """Of every RPC a request for each of its strings, with a NUL in that one."""
+STRINGS = {"user_id": "me", "kai_type": "flo", "user": "somebody", "provider": "flo", "handle": "somebody", "id": "7"}
+# JSON values, each with a NUL somewhere.
+NULS: dict[str, Any] = {
+    "string": {"string_value": "a\0b"},
+    "list": {"list_value": {"values": [{"number_value": 1}, {"string_value": "\0"}]}},
+    "member": {"struct_value": {"fields": {"a": {"string_value": "\0"}}}},
+    "name": {"struct_value": {"fields": {"\0": {"bool_value": True}}}},
+}
+
+
+def nul_requests() -> Iterator[Any]:
+    """Of every RPC a request for each of its strings and JSON values, with a NUL in that one."""
     for name, method in METHODS.items():
         request_class = GetMessageClass(method.input_type)
-        valid: dict[str, Any] = {"user_id": person, "kai_type": "flo", "user": "somebody", "provider": "flo"}
-        strings = {key: value for key, value in valid.items() if key in method.input_type.fields_by_name}
-        for field in method.input_type.fields:
+        fields = method.input_type.fields
+        valid = {field.name: STRINGS[field.name] for field in fields if field.type == FieldDescriptor.TYPE_STRING}
+        for field in fields:
             if field.type == FieldDescriptor.TYPE_STRING:
-                assert field.name in valid, f"{name} has a field that this test does not know"
-                spoilt = {**strings, field.name: f"{valid[field.name]}\0"}
+                spoilt = {**valid, field.name: f"{valid[field.name]}\0"}
                 yield pytest.param(name, request_class(**spoilt), id=f"{method.name} {field.name}")
-    codes: dict[str, Any] = {
-        "string": {"string_value": "a\0b"},
-        "list": {"list_value": {"values": [{"number_value": 1}, {"string_value": "\0"}]}},
-        "member": {"struct_value": {"fields": {"a": {"string_value": "\0"}}}},
-        "name": {"struct_value": {"fields": {"\0": {"bool_value": True}}}},
-    }
-    for key, value in codes.items():
-        request = pb.ConnectKaiRequest(user_id=person, kai_type="flo", code=value)
-        yield pytest.param(f"{_INTEGRATION}/ConnectKai", request, id=f"ConnectKai code {key}")
+            elif field.message_type is not None:
+                assert field.message_type.full_name == "google.protobuf.Value"
+                for key, value in NULS.items():
+                    request = request_class(**{**valid, field.name: value})
+                    yield pytest.param(name, request, id=f"{method.name} {field.name} {key}")
 
 
-@pytest.mark.parametrize(("method", "request_"), [*nul_requests("me")])
-def test_nul_in_any_string(
-    entrances: dict[bool, tuple[grpc.Channel, Metadata]], house: House, method: str, request_: Message
-) -> None:
-    channel, metadata = entrances[is_for_users(method)]
-    result = call(channel, method, request_, metadata)
-    if "\0" in getattr(request_, "user_id", ""):
-        # Whoever that is, it is not the caller; and that is judged first.
-        assert result.short == "PERMISSION_DENIED NOT_SELF"
-    else:
-        assert result.short == "INVALID_ARGUMENT MALFORMED_REQUEST"
+@pytest.mark.parametrize(("method", "request_"), [*nul_requests()])
+def test_nul_in_any_string(entrances: dict[int, Entrance], method: str, request_: Message) -> None:
+    for kind in callers_of(method):
+        channel, metadata = entrances[kind]
+        result = call(channel, method, request_, metadata)
+        if "\0" in getattr(request_, "user_id", ""):
+            # Whoever that is, it is not the caller; and that is judged first.
+            assert result.short == "PERMISSION_DENIED NOT_SELF"
+        else:
+            assert result.short == "INVALID_ARGUMENT MALFORMED_REQUEST"
 
 
 @pytest.mark.parametrize(
@@ -279,6 +338,10 @@ def test_an_unexpected_exception_is_told_to_nobody(
         pytest.param("GetKaiStatus", "DROP TABLE sessions", id="damaged, to a reader"),
         pytest.param("RevokeKai", "DROP TABLE connections", id="damaged, to a writer"),
         pytest.param("RevokeKai", "BEGIN IMMEDIATE", id="locked"),
+        pytest.param("GetUser", "DROP TABLE client_secrets", id="damaged, to a client's authentication"),
+        pytest.param("GetUser", "DROP TABLE oauth_identities", id="damaged, to a reader of users"),
+        pytest.param("UpdateUser", "DROP TABLE users", id="damaged, to a writer of users"),
+        pytest.param("LogOut", "BEGIN IMMEDIATE", id="locked, to who logs out"),
     ],
 )
 def test_a_database_that_cannot_be_used(house: House, tmp_path: Path, logs: Path, method: str, damage: str) -> None:
@@ -287,13 +350,19 @@ def test_a_database_that_cannot_be_used(house: House, tmp_path: Path, logs: Path
     database = settings.database.model_copy(update={"url": f"sqlite:///{path}", "busy_timeout": 0.2})
     log = logs / f"{tmp_path.name}.log"
     with opened(settings.model_copy(update={"database": database}), log) as app:
-        _, cookie = app.sessions.create(app.users.create("Somebody"))
-        metadata = (("cookie", f"doorward_session={cookie}"),)
-        request = GetMessageClass(METHODS[f"{_INTEGRATION}/{method}"].input_type)(user_id="me", kai_type="flo")
+        row, secret = app.clients.create("Client")
+        client = house.known(Client(row.id, secret))
+        user = app.users.create("Somebody", client_id=client.id)
+        metadata = cookie(app.sessions.create(user)[1]) + basic(client)
+        [name] = [name for name in METHODS if name.endswith(f"/{method}")]
+        fields = METHODS[name].input_type.fields_by_name
+        valid = {"user_id": "me", "kai_type": "flo", "handle": "somebody", "role": {"string_value": "x"}}
+        request = GetMessageClass(METHODS[name].input_type)(**{key: valid[key] for key in valid if key in fields})
         with served(app, tmp_path) as channel, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            assert call(channel, f"{_INTEGRATION}/{method}", request, metadata).code in {"OK", "ABORTED"}
+            if method != "LogOut":  # which succeeds only once
+                assert call(channel, name, request, metadata).code in {"OK", "ABORTED"}
             other.execute(damage)
-            result = call(channel, f"{_INTEGRATION}/{method}", request, metadata)
+            result = call(channel, name, request, metadata)
     assert result.short == "UNAVAILABLE STORAGE_UNAVAILABLE"
     assert result.message == errors.StorageUnavailable.message
     assert '"unexpected"' not in log.read_text()

@@ -175,6 +175,7 @@ _SPOILERS: dict[str, Spoiler] = {
     "trickle_headers": _trickle_headers,
     "trickle_body": _trickle_body,
     "garbage": _json(b"\xff\xfe{\x00 not JSON \xc3("),
+    "not_utf8": _json(b'{"id": "\xff", "access_token": "\xff"}'),
     "not_object": _json(b'["access_token"]'),
     "no_access_token": _json(b"{}"),
     "token_not_string": _json(b'{"access_token": 12345, "token_type": "Bearer"}'),

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import peewee
 import pytest
+from playhouse.migrations import Runner
 
+from doorward_server import database as database_module
 from doorward_server import models
 from doorward_server.clock import Clock
 from doorward_server.database import Database, open_database, storage_failures
-from doorward_server.errors import CallError, NoConnection, OperatorError, StorageUnavailable
+from doorward_server.errors import CallError, EmailTaken, NoConnection, OperatorError, StorageUnavailable
 from doorward_server.models import User
 from doorward_server.users import Users
 from tests.processes import clean_environment
 
-FIRST = "0001_initial"
+MIGRATIONS = ["0001_initial", "0002_identity"]
+_MIGRATIONS_FOLDER = Path(database_module.__file__).parent / "migrations"
 
 
 @pytest.fixture
@@ -231,8 +235,8 @@ def test_a_writer_waits_for_another_thread_only_so_long(path: Path) -> None:
 
 def test_migrate_is_done_once(path: Path) -> None:
     with opened(path) as database:
-        assert database.check_schema() == [FIRST]
-        assert database.migrate() == [FIRST]
+        assert database.check_schema() == MIGRATIONS
+        assert database.migrate() == MIGRATIONS
         assert database.check_schema() == []
         assert database.migrate() == []
 
@@ -250,14 +254,14 @@ def test_the_first_connection_waits_for_another_program_too(path: Path) -> None:
         migrating = pool.submit(migrate)
         concurrent.futures.wait([migrating], timeout=0.2)  # a failure would come at once
         other.rollback()
-        assert migrating.result(10) == [FIRST]
+        assert migrating.result(10) == MIGRATIONS
 
 
 @pytest.fixture
 def no_schema(path: Path) -> Path:
     """A database in WAL mode that holds nothing."""
     with opened(path) as database:
-        assert database.check_schema() == [FIRST]
+        assert database.check_schema() == MIGRATIONS
     return path
 
 
@@ -273,7 +277,7 @@ def test_of_racing_threads_one_migrates(no_schema: Path) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(racers) as pool:
         outcomes = list(pool.map(race, range(racers)))
-    assert sorted(outcomes) == [[], [], [], [FIRST]]
+    assert sorted(outcomes) == [[], [], [], MIGRATIONS]
 
 
 _MIGRATE = """
@@ -306,7 +310,7 @@ def test_of_racing_processes_one_migrates(no_schema: Path) -> None:
             racer.stdin.flush()
         outcomes = [racer.communicate(timeout=30) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * 4, outcomes
-    assert sorted(out for out, _ in outcomes) == sorted([f"['{FIRST}']\n"] + ["[]\n"] * 3)
+    assert sorted(out for out, _ in outcomes) == sorted([f"{MIGRATIONS}\n"] + ["[]\n"] * 3)
 
 
 def test_a_newer_schema_is_refused(database: Database) -> None:
@@ -329,6 +333,78 @@ def test_a_migration_that_fails_leaves_nothing(path: Path) -> None:
         assert_tells(failure, str(path), "jobs")
     with contextlib.closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("jobs",)]
+
+
+@pytest.fixture
+def first_schema(path: Path, tmp_path: Path) -> Iterator[Database]:
+    """A database that an earlier version has made."""
+    folder = tmp_path / "migrations"
+    folder.mkdir()
+    shutil.copy(_MIGRATIONS_FOLDER / f"{MIGRATIONS[0]}.py", folder)
+    with opened(path) as database:
+        assert Runner(database.engine, str(folder)).up() == MIGRATIONS[:1]
+        yield database
+
+
+EMAILS = {
+    "ada": "Ada@Example.org",
+    "older": "Ärger@example.org",
+    "newer": "ärger@example.org",
+    "sharp": "straße@example.org",
+    "double": "STRASSE@example.org",
+    "composed": "ren\u00e9@example.org",
+    "decomposed": "rene\u0301@example.org",
+    "nobody": None,
+    "no one": None,
+}
+
+
+def test_users_of_the_first_schema(first_schema: Database) -> None:
+    """SQLite's lower() has let addresses pass that differ in the case of letters beyond ASCII."""
+    insert_user = "INSERT INTO users (slug, name, email, created_at) VALUES (?, ?, ?, 0)"
+    with contextlib.closing(sqlite3.connect(first_schema.path)) as other:
+        for slug, email in EMAILS.items():
+            other.execute(insert_user, (slug, slug.title(), email))
+        other.execute("INSERT INTO sessions (user_id, token_hash, created_at, expires_at) VALUES (2, x'00', 0, 1)")
+        other.commit()
+    assert first_schema.check_schema() == first_schema.migrate() == MIGRATIONS[1:]
+    assert first_schema.check_schema() == []
+
+    models.bind(first_schema)
+    users = Users(first_schema, Clock())
+    found = {user.slug: user for user in User.select()}
+    assert {slug: user.email for slug, user in found.items()} == EMAILS
+    assert {slug: user.email_key for slug, user in found.items()} == {
+        "ada": "ada@example.org",
+        "older": "ärger@example.org",
+        "newer": None,
+        "sharp": "strasse@example.org",
+        "double": None,
+        "composed": "ren\u00e9@example.org",
+        "decomposed": None,
+        "nobody": None,
+        "no one": None,
+    }
+    assert {(user.client_id, user.role, user.license_active, str(user.stats_concepts)) for user in found.values()} == {
+        (None, "", False, "{}")
+    }
+    assert first_schema.fetch_one("SELECT user_id FROM sessions", ()) == (2,)
+    for email in ("ADA@example.org", "ÄRGER@example.org", "Strasse@example.org", "RENÉ@example.org"):
+        with pytest.raises(EmailTaken):
+            users.create("Somebody", email)
+    assert users.create("Somebody", "somebody@example.org").email_key == "somebody@example.org"
+
+
+def test_a_second_migration_that_fails_leaves_the_first_schema(first_schema: Database) -> None:
+    with contextlib.closing(sqlite3.connect(first_schema.path)) as other:
+        other.execute("CREATE TABLE providers (id INTEGER)")
+        other.commit()
+        before = other.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
+        with pytest.raises(OperatorError) as failure:
+            first_schema.migrate()
+        assert_tells(failure, str(first_schema.path), "providers")
+        assert other.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() == before
+        assert other.execute("SELECT name FROM schema_migration").fetchall() == [(MIGRATIONS[0],)]
 
 
 # The storage

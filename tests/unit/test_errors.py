@@ -57,7 +57,7 @@ def test_a_call_error_says_all_that_a_caller_is_told(kind: type[CallError]) -> N
 def test_a_call_error_becomes_a_status_with_details(kind: type[CallError]) -> None:
     error = kind({"error": "access_denied"})
     assert status_code(error).name == kind.code
-    [(key, value)] = trailing_metadata(error)
+    (key, value), *headers = trailing_metadata(error)
     assert isinstance(value, bytes)
     status = Status.FromString(value)
     [detail] = status.details
@@ -66,6 +66,16 @@ def test_a_call_error_becomes_a_status_with_details(kind: type[CallError]) -> No
     assert key == "grpc-status-details-bin"
     assert (status.code, status.message) == (grpc.StatusCode[kind.code].value[0], kind.message)
     assert (info.reason, info.domain, dict(info.metadata)) == (kind.reason, DOMAIN, {"error": "access_denied"})
+    assert headers == ([("www-authenticate", kind.challenge)] if kind.challenge else [])
+
+
+def test_what_http_callers_are_told_to_do() -> None:
+    """Only Basic is asked for: cookies and service tokens are no schemes that a browser could answer with."""
+    assert {kind: kind.challenge for kind in LEAVES if kind.challenge} == {
+        errors.NoApiClient: 'Basic realm="doorward"',
+    }
+    headers = trailing_metadata(errors.TooManyFailures({"retry_after": "17"}))[1:]
+    assert headers == (("retry-after", "17"),)
 
 
 def test_a_call_error_keeps_a_copy_of_its_metadata() -> None:

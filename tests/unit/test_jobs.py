@@ -8,13 +8,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from doorward_server import models
 from doorward_server.clock import Clock
 from doorward_server.crypto import CannotOpen, KeyRing, MasterKey
 from doorward_server.database import Database
@@ -23,37 +21,11 @@ from doorward_server.jobs import Abandon, Handler, Jobs, Payload, RetryPolicy, W
 from doorward_server.logs import make_log
 from doorward_server.models import Job
 from tests.processes import await_condition, clean_environment
+from tests.unit.conftest import StoppedClock
 
 KEY = MasterKey(b"k" * 32)
 LEASE = timedelta(seconds=60)
 SCHEDULE = (5.0, 30.0)
-
-
-class StoppedClock(Clock):
-    """A clock that goes on when it is told to."""
-
-    def __init__(self) -> None:
-        self.time = datetime(2030, 1, 1, tzinfo=UTC)
-
-    def now(self) -> datetime:
-        return self.time
-
-    def advance(self, by: timedelta) -> None:
-        self.time += by
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "doorward.db", busy_timeout=5)
-    database.migrate()
-    models.bind(database)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def clock() -> StoppedClock:
-    return StoppedClock()
 
 
 @pytest.fixture

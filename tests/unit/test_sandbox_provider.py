@@ -235,6 +235,15 @@ def test_code_buys_tokens(provider: Provider, way: dict[str, Any]) -> None:
     assert (by_query.json()["id"], type(by_query.json()["profile"]["id"])) == ("ada", int)
 
 
+@pytest.mark.parametrize("client_id", ["flo-client", "min-client", "eag-client", "sandbox-client"])
+def test_every_application_links_accounts(provider: Provider, client_id: str) -> None:
+    code = provider.code(client_id=client_id, user="grace")
+    answer = provider.redeem(code, client_id=client_id)
+    assert answer.status_code == 200
+    assert provider.lookup(answer.json()["access_token"]).json()["id"] == "grace"
+    assert [family["client_id"] for family in provider.families()] == [client_id]
+
+
 @pytest.mark.parametrize(
     ("change", "status", "error"),
     [
@@ -242,6 +251,7 @@ def test_code_buys_tokens(provider: Provider, way: dict[str, Any]) -> None:
         pytest.param({"client_secret": "gehéim"}, 401, "invalid_client", id="unicode-secret"),
         pytest.param({"client_id": "nobody"}, 401, "invalid_client", id="unknown-client"),
         pytest.param({"client_id": "min-client"}, 400, "invalid_grant", id="other-client"),
+        pytest.param({"client_id": "sandbox-client"}, 400, "invalid_grant", id="log-in-client"),
         pytest.param({"redirect_uri": "http://127.0.0.1/"}, 400, "invalid_grant", id="other-uri"),
         pytest.param({"code": "guess"}, 400, "invalid_grant", id="unknown-code"),
         pytest.param({"code": ""}, 400, "invalid_request", id="no-code"),

@@ -20,6 +20,8 @@ client_secret = "{SECRET}"
 redirect_uri = "https://app.example/connected"
 """
 FLO = f"[providers.flo]\n{KAI}"
+IDENTITY = "kind = 'identity'\nlookup_url = 'https://login.example/me?t={access_token}'\n"
+LOGIN = f"[providers.login]\n{IDENTITY}token_url = 'https://login.example/token'\n"
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,8 @@ def test_nothing_is_required(tmp_path: Path) -> None:
     assert settings.key_file == tmp_path / "master.key"
     assert settings.origins == {"http://127.0.0.1:8080"}
     assert settings.providers == {}
+    assert settings.limits.auth_failures == 30
+    assert not settings.is_https
 
 
 def test_a_provider(tmp_path: Path) -> None:
@@ -75,6 +79,28 @@ def test_a_provider(tmp_path: Path) -> None:
     assert (provider.id, provider.kind, provider.secret) == ("flo", "kai", SECRET)
     assert SECRET not in repr(provider)
     assert (provider.token_auth, provider.token_method, provider.timeout) == ("client_secret_post", "post", 5)
+
+
+def test_an_identity_provider(tmp_path: Path) -> None:
+    provider = load(tmp_path, LOGIN).providers["login"]
+    assert (provider.id, provider.kind, provider.secret) == ("login", "identity", "")
+    assert (provider.lookup_id_property, provider.timeout, provider.longest_call) == ("id", 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("url", "https"),
+    [("https://doorward.example", True), ("HTTPS://doorward.example", True), ("http://https.example", False)],
+)
+def test_whether_browsers_come_by_tls(tmp_path: Path, url: str, https: bool) -> None:
+    assert load(tmp_path, f"public_url = '{url}'\n").is_https is https
+
+
+def test_another_settings_file_can_be_tried(tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text("[limits]\nauth_failures = 7\n")
+    load(tmp_path, "[limits]\nauth_failures = 5\n")
+    settings = settings_module.load(tmp_path, other)
+    assert (settings.home, settings.limits.auth_failures) == (tmp_path, 7)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +111,13 @@ def test_a_provider(tmp_path: Path) -> None:
         pytest.param("[callbacks]\nurl = 'https://app.example'\n[callbacks.x]\ny = 1\n", id="callbacks"),
         pytest.param("[limits]\ncalls = 5\n", id="limits"),
         pytest.param("[gateway]\nanything = 'the launcher reads it'\n", id="the gateway's own"),
-        pytest.param("[providers.login]\nkind = 'identity'\nlookup_url = 'https://l.example'\n", id="identity"),
-        pytest.param("[providers.a-b_c9]\nkind = 'identity'\nlookup_url = 'https://l.example'\n", id="id"),
+        pytest.param(f"[providers.login]\n{IDENTITY}", id="identity"),
+        pytest.param(f"[providers.a-b_c9]\n{IDENTITY}", id="id"),
+        pytest.param(f"{LOGIN}timeout = 7.4\n", id="longest timeout with a token URL"),
+        pytest.param(f"[providers.login]\n{IDENTITY}timeout = 9.9\n", id="longest timeout without a token URL"),
+        pytest.param(f"{LOGIN}timeout = 9\n[gateway]\ntimeout = 18.1\n", id="longer gateway's timeout"),
+        pytest.param(f"{LOGIN}token_method = 'get'\nlookup_id_property = 'data.user.id'\n", id="of other services"),
+        pytest.param("[limits]\nauth_failures = 0\n", id="no limit"),
         pytest.param(FLO.replace("\n", "\r\n"), id="CRLF"),
         pytest.param(without("client_secret") + "token_auth = 'none'\n", id="public client"),
         pytest.param(FLO + "timeout = 9.9\n", id="longest timeout"),
@@ -154,6 +185,8 @@ def test_a_secret_file_is_relative_to_the_settings_file(tmp_path: Path, monkeypa
         pytest.param({"DOORWARD_GATEWAY_ANYTHING": "1"}, lambda s: s.gateway.port, 8080, id="the launcher's"),
         pytest.param({"DOORWARD_BOT_TOKEN": "1"}, lambda s: s.gateway.port, 8080, id="the bot's"),
         pytest.param({"DOORWARD_LIMITS_CALLS": "1"}, lambda s: s.gateway.port, 8080, id="limits"),
+        pytest.param({"DOORWARD_LIMITS_AUTH_FAILURES": "7"}, lambda s: s.limits.auth_failures, 7, id="three words"),
+        pytest.param({"DOORWARD_CLIENT_SECRET": SECRET}, lambda s: s.gateway.port, 8080, id="a command's secret"),
         pytest.param({"DOORWARD_CALLBACKS_URL": "x"}, lambda s: s.gateway.port, 8080, id="callbacks"),
         pytest.param({"DOORWARD_JOBS_SCHEDULE": "5,30"}, lambda s: s.jobs.schedule, (5, 30), id="list of numbers"),
     ],
@@ -255,10 +288,22 @@ _LONG = "/tmp/" + "x" * 103
             id="database in memory",
         ),
         pytest.param(f"[grpc]\nsocket = '{_LONG}'\n", (_LONG, "107", "[grpc] socket", "shorter"), id="long socket"),
+        pytest.param("[limits]\nauth_failures = -1\n", ("[limits] auth_failures", "equal to 0"), id="negative limit"),
         # Providers
         *(pytest.param(without(key), ("[providers.flo]", f"needs {key}:", "add"), id=f"no {key}") for key in _REQUIRED),
         pytest.param("[providers.flo]\nkind = 'kai'\n", ("[providers.flo]", *_REQUIRED), id="nothing but a kind"),
         pytest.param("[providers.x]\nkind = 'identity'\n", ("[providers.x]", "needs lookup_url:"), id="no lookup_url"),
+        pytest.param(
+            f"[providers.x]\n{IDENTITY.replace('{access_token}', SECRET)}",
+            ("[providers.x] lookup_url", "{access_token}", "path or query"),
+            id="lookup_url without a place for the token",
+        ),
+        pytest.param(
+            f"{LOGIN}lookup_id_property = 'data..id'\n",
+            ("[providers.login] lookup_id_property", "member's name"),
+            id="empty name in lookup_id_property",
+        ),
+        pytest.param(f"{LOGIN}token_method = 'put'\n", ("[providers.login] token_method", "'get'"), id="token method"),
         pytest.param(without("kind"), ("[providers.flo] kind", "is missing: add it"), id="no kind"),
         pytest.param(with_line("kind = 'kay'"), ("[providers.flo] kind", "'kai' or 'identity'"), id="unknown kind"),
         pytest.param(
@@ -287,6 +332,20 @@ _LONG = "/tmp/" + "x" * 103
             FLO + "timeout = 15\n[refresh]\nlease = 20\n",
             ("[providers.flo] timeout (15 s)", "[gateway] timeout (15 s)", "raise"),
             id="gateway's timeout",
+        ),
+        pytest.param(
+            f"{LOGIN}timeout = 7.5\n",
+            (
+                "[providers.login] timeout (7.5 s), 15 s for the exchange and the lookup together,",
+                "[gateway] timeout (15 s)",
+                "raise",
+            ),
+            id="gateway's timeout, exchange and lookup",
+        ),
+        pytest.param(
+            f"[providers.login]\n{IDENTITY}timeout = 8\n[gateway]\ntimeout = 8\n",
+            ("[providers.login] timeout (8 s) has to", "[gateway] timeout (8 s)"),
+            id="gateway's timeout, lookup",
         ),
         pytest.param(
             FLO + "timeout = 5\n[jobs]\nlease = 4\n",
@@ -361,7 +420,10 @@ def test_every_wrong_setting_is_told_on_a_line_of_its_own(tmp_path: Path) -> Non
         pytest.param(
             {"DOORWARD_PUBLIC_URL": f"https://ada:{SECRET}@x/"}, ("DOORWARD_PUBLIC_URL", "user information"), id="URL"
         ),
-        pytest.param({"DOORWARD_LIMITS": SECRET}, ("limits",), id="limits"),
+        pytest.param({"DOORWARD_LIMITS": SECRET}, ("DOORWARD_LIMITS ", "unset it"), id="limits"),
+        pytest.param(
+            {"DOORWARD_LIMITS_AUTH_FAILURES": SECRET}, ("DOORWARD_LIMITS_AUTH_FAILURES", "integer"), id="failures"
+        ),
         pytest.param({"DOORWARD_JOBS_SCHEDULE": SECRET}, ("DOORWARD_JOBS_SCHEDULE",), id="schedule"),
         pytest.param(
             {"DOORWARD_PROVIDERS_FLO_CLIENT_SECRET": SECRET},

@@ -2,25 +2,27 @@
 
 import concurrent.futures
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from doorward_server import models
+from doorward_server.clients import ApiClients
 from doorward_server.clock import Clock
 from doorward_server.database import Database
-from doorward_server.errors import CallError, EmailTaken, InvalidEmail, InvalidName, SlugTaken, UserNotFound
+from doorward_server.errors import (
+    CallError,
+    EmailTaken,
+    InvalidEmail,
+    InvalidName,
+    NotYourUser,
+    SlugTaken,
+    UserNotFound,
+)
 from doorward_server.users import Users, find_id
 
 
 @pytest.fixture
-def users(tmp_path: Path) -> Iterator[Users]:
-    database = Database(tmp_path / "doorward.db", busy_timeout=5)
-    database.migrate()
-    models.bind(database)
-    yield Users(database, Clock())
-    database.close()
+def users(database: Database) -> Users:
+    return Users(database, Clock())
 
 
 # Names
@@ -115,7 +117,7 @@ def test_an_address_is_kept_as_it_is(users: Users, email: str) -> None:
 @pytest.mark.parametrize(
     "email",
     [
-        pytest.param("", id="empty"),
+        pytest.param(" ", id="blank alone"),
         pytest.param("ada", id="no at sign"),
         pytest.param("@example.org", id="no local part"),
         pytest.param("ada@", id="no domain"),
@@ -137,16 +139,44 @@ def test_what_is_no_address_is_refused(users: Users, email: str) -> None:
     assert count(users) == 0
 
 
-@pytest.mark.parametrize("again", ["ada@example.org", "ADA@example.org", "ada@EXAMPLE.ORG", "Ada@Example.Org"])
-def test_an_address_is_one_user_s_whatever_its_case(users: Users, again: str) -> None:
-    users.create("Ada", "ada@example.org")
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        pytest.param("ada@example.org", "ada@example.org", id="the same"),
+        pytest.param("ada@example.org", "ADA@example.org", id="capitals before the at sign"),
+        pytest.param("ada@example.org", "ada@EXAMPLE.ORG", id="capitals after it"),
+        pytest.param("Ada@Example.Org", "ada@example.org", id="small letters"),
+        pytest.param("ärger@example.org", "ÄRGER@example.org", id="umlauts"),
+        pytest.param("лев@example.org", "ЛЕВ@example.org", id="Cyrillic"),
+        pytest.param("straße@example.org", "STRASSE@example.org", id="sharp s"),
+        pytest.param("rené@example.org", "rene\u0301@example.org", id="decomposed"),
+    ],
+)
+def test_an_address_is_one_user_s_whatever_its_case(users: Users, first: str, again: str) -> None:
+    users.create("Ada", first)
     with pytest.raises(EmailTaken):
         users.create("Eve", again)
     assert count(users) == 1
 
 
-def test_many_users_have_no_address(users: Users) -> None:
-    assert [users.create(name).email for name in ("Ada", "Eve", "Bob")] == [None] * 3
+@pytest.mark.parametrize("email", [None, ""], ids=["None", "empty"])
+def test_many_users_have_no_address(users: Users, email: str | None) -> None:
+    assert [users.create(name, email).email for name in ("Ada", "Eve", "Bob")] == [None] * 3
+
+
+@pytest.mark.parametrize("value", [5, 0, 1.5, True, False, [], ["Ada"], {}, {"name": "Ada"}], ids=repr)
+def test_names_and_addresses_are_strings(users: Users, value: object) -> None:
+    """They come as whatever JSON value a caller sends."""
+    with pytest.raises(InvalidName):
+        users.create(value)
+    with pytest.raises(InvalidEmail):
+        users.create("Ada", value)
+    assert count(users) == 0
+
+
+def test_a_name_is_required(users: Users) -> None:
+    with pytest.raises(InvalidName):
+        users.create(None, "ada@example.org")
 
 
 def test_a_name_that_was_refused_for_its_address_stays_free(users: Users) -> None:
@@ -221,6 +251,39 @@ def test_a_user_is_found_by_id_and_slug(users: Users) -> None:
 )
 def test_find_id(handle: str, number: int | None) -> None:
     assert find_id(handle) == number
+
+
+# Whose users they are
+
+
+def test_a_client_finds_its_own_users_only(users: Users) -> None:
+    clients = ApiClients(users.database, users.clock)
+    ours, theirs = (clients.create(name)[0].id for name in ("Ours", "Theirs"))
+    own, foreign, operators = (
+        users.create("Own", client_id=ours),
+        users.create("Foreign", None, theirs),
+        users.create("X"),
+    )
+    assert [user.client_id for user in (own, foreign, operators)] == [ours, theirs, None]
+    for handle in ("own", str(own.id)):
+        assert users.get_of(ours, handle).id == own.id
+    for handle in ("foreign", str(foreign.id), "x", str(operators.id)):
+        assert users.get(handle)
+        with pytest.raises(NotYourUser):
+            users.get_of(ours, handle)
+    for handle in ("nobody", "99", "", "\udcff", "me"):
+        with pytest.raises(UserNotFound):
+            users.get_of(ours, handle)
+
+
+def test_slugs_and_addresses_are_taken_whoever_s_user_has_them(users: Users) -> None:
+    clients = ApiClients(users.database, users.clock)
+    ours, theirs = (clients.create(name)[0].id for name in ("Ours", "Theirs"))
+    users.create("Ada", "ada@example.org", ours)
+    with pytest.raises(SlugTaken):
+        users.create("Ada", client_id=theirs)
+    with pytest.raises(EmailTaken):
+        users.create("Eve", "ada@example.org", theirs)
 
 
 # Races

@@ -1,0 +1,43 @@
+"""What most unit tests need: a database of their own, and a clock that they set."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from doorward_server import models
+from doorward_server.clock import Clock
+from doorward_server.database import Database
+
+
+class StoppedClock(Clock):
+    """A clock that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2030, 1, 1, tzinfo=UTC)
+
+    def now(self) -> datetime:
+        return self.time
+
+    def advance(self, by: timedelta) -> None:
+        self.time += by
+
+
+@pytest.fixture
+def clock() -> StoppedClock:
+    return StoppedClock()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database(tmp_path / "doorward.db", busy_timeout=5)
+    database.migrate()
+    models.bind(database)
+    yield database
+    database.close()
+
+
+def in_files(database: Database, text: str) -> bool:
+    """Whether a text stands in clear in the database's files."""
+    return any(text.encode() in path.read_bytes() for path in database.path.parent.glob(f"{database.path.name}*"))
