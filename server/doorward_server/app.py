@@ -105,7 +105,12 @@ class App:
         return ApiClients(self.database, self.clock)
 
     @cached_property
-    def failures(self) -> FailureLimit:
+    def basic_failures(self) -> FailureLimit:
+        """Wrong Basic credentials. Apart from failed log-ins, or they would keep a client from logging users in."""
+        return FailureLimit(self.settings.limits.auth_failures, self.clock)
+
+    @cached_property
+    def log_in_failures(self) -> FailureLimit:
         return FailureLimit(self.settings.limits.auth_failures, self.clock)
 
     @cached_property
@@ -160,7 +165,7 @@ class App:
             providers=self.providers,
             users=self.users,
             sessions=self.sessions,
-            failures=self.failures,
+            failures=self.log_in_failures,
         )
 
     @cached_property
@@ -193,7 +198,7 @@ class App:
     def _make_interceptor(self, *, whole_messages: bool) -> CallInterceptor:
         return CallInterceptor(
             read_policies(SERVICES, self.settings.origins),
-            Authenticator(self.sessions, self.service_tokens, self.clients, self.failures),
+            Authenticator(self.sessions, self.service_tokens, self.clients, self.basic_failures),
             self.log,
             access_log=self.settings.log.access,
             whole_messages=whole_messages,
