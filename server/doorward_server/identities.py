@@ -162,7 +162,7 @@ class Identities:
         try:
             return self.oauth.exchange_code(provider, code).access_token
         except NoTokenGranted as failure:
-            raise CodeRejected(failure.metadata) from None
+            raise CodeRejected({"error": failure.cause} if failure.cause else None) from None
 
 
 def _text(value: object) -> str | None:

@@ -36,7 +36,7 @@ _LONGEST_ACCOUNT_ID = 255
 
 
 class NoTokenGranted(ProviderMalformed):
-    """The token endpoint answered 2xx without an access token; the metadata's `error`, if any, is its OAuth error."""
+    """The token endpoint answered 2xx without an access token; `cause` is its OAuth error code, if it told one."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _token_pair(answer: Answer) -> TokenPair:
         raise NoTokenGranted from None
     access_token, refresh_token = members.get("access_token"), members.get("refresh_token")
     if not _is_token(access_token):
-        raise NoTokenGranted(_metadata(_error_code(answer)))
+        raise NoTokenGranted(cause=_error_code(answer))
     return TokenPair(
         access_token=access_token,
         refresh_token=refresh_token if _is_token(refresh_token) else None,

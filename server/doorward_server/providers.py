@@ -45,7 +45,7 @@ def _lookup_template(template: str) -> str:
     """A URL with the access token's place in its path or query: in no other part would it be safe."""
     marker = "doorward-access-token"
     url = _http_url(_PLACEHOLDER.sub(marker, template))
-    if marker not in url or marker in urlsplit(url).netloc:
+    if not _PLACEHOLDER.search(template) or marker in urlsplit(url).netloc:
         raise ValueError("it has to hold {access_token} in its path or query, where the access token is to be put")
     return template
 
@@ -124,7 +124,10 @@ class Provider(BaseModel):
 
     def lookup_url_for(self, access_token: str) -> str:
         """The lookup URL with a token in its place, percent-encoded."""
-        return _PLACEHOLDER.sub(quote(access_token, safe=""), self.lookup_url or "")
+        encoded = quote(access_token, safe="")
+        if not encoded.strip("."):
+            encoded = encoded.replace(".", "%2E")  # as a segment of a path, dots would lead elsewhere
+        return _PLACEHOLDER.sub(encoded, self.lookup_url or "")
 
     @property
     def secret(self) -> str:

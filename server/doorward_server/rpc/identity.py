@@ -14,8 +14,9 @@ from doorward.identity.v1 import identity_service_pb2_grpc as stubs
 from doorward.identity.v1 import user_pb2
 from doorward_server.accounts import Accounts
 from doorward_server.clients import Client
+from doorward_server.errors import MalformedRequest
 from doorward_server.identities import Identities, Profile, Proof
-from doorward_server.rpc.headers import SetCookie, client_address, read_metadata, session_cookie
+from doorward_server.rpc.headers import SetCookie, client_address, is_from_gateway, read_metadata, session_cookie
 from doorward_server.rpc.policy import current_caller
 from doorward_server.sessions import Sessions, SessionUser
 from doorward_server.users import Users
@@ -57,7 +58,7 @@ class IdentityServicer(stubs.IdentityServiceServicer):
             _proof(request),
             client_id=caller.client_id if isinstance(caller, Client) else None,
             address=client_address(metadata, context.peer()),
-            replacing=session_cookie(metadata),
+            replacing=session_cookie(metadata) if is_from_gateway(context.peer()) else None,
         )
         context.send_initial_metadata((self.set_cookie.keep(cookie),))
         return _user(profile)
@@ -103,7 +104,12 @@ def _proof(request: pb.AddOAuthIdentityRequest | pb.LogInRequest) -> Proof:
 
 def _plain(value: Value) -> Any:
     """A JSON value as Python has it; None when it is unset, too."""
-    return MessageToDict(value) if value.WhichOneof("kind") else None
+    if value.WhichOneof("kind") is None:
+        return None
+    try:
+        return MessageToDict(value)
+    except ValueError:  # NaN and infinities, which protobuf has and JSON has not
+        raise MalformedRequest from None
 
 
 def _user(profile: Profile) -> user_pb2.User:
