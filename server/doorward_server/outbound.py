@@ -75,8 +75,8 @@ class Timeouts:
 
 # The monotonic time at which the request of this thread has to be over.
 _deadline: ContextVar[float] = ContextVar("deadline")
-# Whether the request of this thread has begun to make a connection.
-_connected: ContextVar[bool] = ContextVar("connected")
+# Whether the request of this thread has begun to make a connection, or has had a byte of its answer.
+_under_way: ContextVar[bool] = ContextVar("under_way")
 
 
 def _left() -> float:
@@ -136,7 +136,10 @@ class _TimedStream(httpcore.NetworkStream):
         self._stream = stream
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, _within_deadline(timeout))
+        received = self._stream.read(max_bytes, _within_deadline(timeout))
+        if received:
+            _under_way.set(True)
+        return received
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._stream.write(buffer, _within_deadline(timeout))
@@ -174,7 +177,7 @@ class _GuardedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        _connected.set(True)
+        _under_way.set(True)
         addresses = [address for address in self._resolve(host, port) if self._may_connect(address, port)]
         if not addresses:
             raise httpcore.ConnectError("the address is not allowed")
@@ -347,11 +350,11 @@ class Outbound:
             _deadline.reset(token)
 
     def _send_on_kept(self, provider_id: str, request: httpx.Request) -> Answer:
-        _connected.set(False)
+        _under_way.set(False)
         try:
             return self._keeping.send(provider_id, request)
         except (httpx.NetworkError, httpx.RemoteProtocolError):
-            if _connected.get():
+            if _under_way.get():
                 raise
         return self._fresh.send(provider_id, request)
 

@@ -537,13 +537,18 @@ def test_an_address_cannot_be_forged(strict: Stack, fresh_client: Client, name: 
     assert_too_many(rest(strict, "GET", "/api/users/1", headers=headers))
 
 
-def test_too_many_malformed_credentials(strict: Stack) -> None:
+def test_too_many_malformed_credentials(strict: Stack, member: Person) -> None:
     def ask(value: str) -> httpx.Response:
         return from_address("127.0.0.3", strict, "GET", "/api/users/1", headers={"authorization": value})
 
     for value in ("Bearer x", "Basic !", "x"):
         assert_error(ask(value), 401, "NO_API_CLIENT")
     assert_too_many(ask("Bearer y"))
+    # They keep nobody at that address from logging in.
+    proof = {"provider": "sandbox", "code": strict.provider.code("sandbox", member.slug)}
+    answer = from_address("127.0.0.3", strict, "POST", LOG_IN, json=proof)
+    assert read_user(answer)["_id"] == str(member.id)
+    strict.secrets.add(read_cookie(answer)[0])
 
 
 def test_requests_without_credentials_do_not_count(strict: Stack) -> None:

@@ -1,7 +1,6 @@
 """The command line as operators meet it: real processes, their output, exit codes and files."""
 
 import contextlib
-import io
 import json
 import os
 import socket
@@ -9,102 +8,36 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
-from doorward_server.cli.root import cli, run
+from doorward_server.cli.root import cli
 from doorward_server.crypto import KeyRing, MasterKey
 from doorward_server.database import Database
 from tests.processes import BIN, await_condition, clean_environment, free_port
+from tests.unit.command_line import Here, assert_tells, doorward, make_home, within, write_key
 
-Done = subprocess.CompletedProcess[str]
-
-
-def doorward(
-    home: Path | None,
-    *arguments: str,
-    stdin: bytes = b"",
-    environment: Mapping[str, str] | None = None,
-    limit: int | None = None,
-) -> Done:
-    """Run `doorward` to its end; `limit` is the size of the largest file it may write, in blocks of 512 bytes."""
-    home_variable = {} if home is None else {"DOORWARD_HOME": str(home)}
-    command: Sequence[str | Path] = [BIN / "doorward", *arguments]
-    if limit is not None:
-        command = ["sh", "-c", f'ulimit -f {limit} && exec "$@"', "sh", *command]
-    done = subprocess.run(
-        command,
-        env=clean_environment({**home_variable, "COLUMNS": "200", **(environment or {})}),
-        input=stdin,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    return Done(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+MIGRATIONS = sorted(
+    path.name.removesuffix(".py")
+    for path in (resources("doorward_server") / "migrations").iterdir()
+    if path.name[:4].isdigit()
+)
 
 
 @pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """Runs `doorward` within this process, which is much quicker."""
-
-    def call(
-        home: Path,
-        *arguments: str,
-        stdin: bytes = b"",
-        stdin_errors: str = "strict",
-        environment: Mapping[str, str] | None = None,
-    ) -> Done:
-        for name in [name for name in os.environ if name.startswith("DOORWARD_")]:
-            monkeypatch.delenv(name)
-        for name, value in {"DOORWARD_HOME": str(home), "COLUMNS": "200", **(environment or {})}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["doorward", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8", stdin_errors))
-        mask = os.umask(0o022)
-        code: Any = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            os.umask(mask)
-        out, err = capfd.readouterr()
-        if isinstance(code, str):  # what Python does with it at the end of a process
-            code, err = 1, f"{err}{code}\n"
-        return Done(arguments, code, out, err)
-
-    return call
-
-
-def assert_tells(done: Done, *parts: str) -> None:
-    """It ended with exit code 1 and one line on stderr that holds all of the parts."""
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    assert done.stderr.startswith("doorward: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.endswith("\n")
-    assert "Traceback" not in done.stderr
-    assert [part for part in parts if part not in done.stderr] == [], done.stderr
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    return within(capfd, monkeypatch)
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A home as `doorward init` makes it."""
-    home = tmp_path / "home"
-    home.mkdir(mode=0o700)
-    (home / "doorward.toml").write_text("")
-    write_key(home, MasterKey.generate())
-    return home
-
-
-def write_key(home: Path, *keys: MasterKey) -> None:
-    path = home / "master.key"
-    path.write_text("".join(f"{key}\n" for key in keys))
-    path.chmod(0o600)
+    return make_home(tmp_path)
 
 
 def files(home: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -118,7 +51,7 @@ def files(home: Path) -> dict[str, tuple[int, int, bytes]]:
 # init
 
 
-def test_init_makes_a_private_home_once(tmp_path: Path, here: Callable[..., Done]) -> None:
+def test_init_makes_a_private_home_once(tmp_path: Path, here: Here) -> None:
     home = tmp_path / "deep" / "home"
     first = doorward(home, "init", "--json")
     assert (first.returncode, first.stderr) == (0, "")
@@ -136,7 +69,7 @@ def test_init_makes_a_private_home_once(tmp_path: Path, here: Callable[..., Done
     assert files(home) == made
 
 
-def test_init_names_what_it_made(tmp_path: Path, here: Callable[..., Done]) -> None:
+def test_init_names_what_it_made(tmp_path: Path, here: Here) -> None:
     home = tmp_path / "home"
     done = here(home, "init")
     [*created, ready] = done.stdout.splitlines()
@@ -145,7 +78,7 @@ def test_init_names_what_it_made(tmp_path: Path, here: Callable[..., Done]) -> N
 
 
 @pytest.mark.parametrize("source", ["-", "file"])
-def test_init_copies_settings(tmp_path: Path, source: str, here: Callable[..., Done]) -> None:
+def test_init_copies_settings(tmp_path: Path, source: str, here: Here) -> None:
     home, text = tmp_path / "home", "# é\n[grpc]\nport = 50052\n".encode()
     (tmp_path / "settings.toml").write_bytes(text)
     name = "-" if source == "-" else str(tmp_path / "settings.toml")
@@ -155,7 +88,7 @@ def test_init_copies_settings(tmp_path: Path, source: str, here: Callable[..., D
     assert stat.S_IMODE((home / "doorward.toml").stat().st_mode) == 0o600
 
 
-def test_init_keeps_what_is_there(home: Path, here: Callable[..., Done]) -> None:
+def test_init_keeps_what_is_there(home: Path, here: Here) -> None:
     (home / "doorward.toml").write_text("# mine\n")
     before = files(home)
     done = here(home, "init", "--settings", "-", stdin=b"# other\n")
@@ -163,7 +96,7 @@ def test_init_keeps_what_is_there(home: Path, here: Callable[..., Done]) -> None
     assert files(home) == before
 
 
-def test_init_needs_no_key_file_when_the_environment_holds_the_key(tmp_path: Path, here: Callable[..., Done]) -> None:
+def test_init_needs_no_key_file_when_the_environment_holds_the_key(tmp_path: Path, here: Here) -> None:
     key = MasterKey.generate()
     done = here(tmp_path / "home", "init", "--json", environment={"DOORWARD_MASTER_KEY": str(key)})
     assert json.loads(done.stdout)["id"] == key.id
@@ -207,7 +140,7 @@ def test_racing_inits_agree_on_one_key(tmp_path: Path) -> None:
     assert sorted(path.name for path in home.iterdir()) == ["doorward.toml", "master.key"]
 
 
-def test_init_with_wrong_settings_can_be_repeated_with_right_ones(tmp_path: Path, here: Callable[..., Done]) -> None:
+def test_init_with_wrong_settings_can_be_repeated_with_right_ones(tmp_path: Path, here: Here) -> None:
     home = tmp_path / "home"
     assert_tells(here(home, "init", "--settings", "-", stdin=b"[grpc]\nprot = 1\n"), "[grpc] prot")
     assert here(home, "init", "--settings", "-", stdin=b"[grpc]\nport = 1\n").returncode == 0
@@ -225,7 +158,7 @@ def test_init_with_wrong_settings_can_be_repeated_with_right_ones(tmp_path: Path
     ],
 )
 def test_init_with_settings_that_cannot_be_read(
-    tmp_path: Path, source: str, stdin_errors: str, sentence: str, here: Callable[..., Done]
+    tmp_path: Path, source: str, stdin_errors: str, sentence: str, here: Here
 ) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     name = source.format(folder=tmp_path)
@@ -242,7 +175,7 @@ def test_init_with_settings_that_cannot_be_read(
     ],
     ids=["file", "below"],
 )
-def test_init_where_a_file_is(tmp_path: Path, place: str, parts: tuple[str, ...], here: Callable[..., Done]) -> None:
+def test_init_where_a_file_is(tmp_path: Path, place: str, parts: tuple[str, ...], here: Here) -> None:
     (tmp_path / "file").write_text("mine")
     home = tmp_path / place
     assert_tells(here(home, "init"), *(part.format(home=home) for part in parts))
@@ -267,7 +200,16 @@ COMMANDS = sorted(commands())
 
 
 def test_the_commands() -> None:
-    assert {words[0] for words in COMMANDS} >= {"init", "serve", "migrate", "user", "session", "token"}
+    assert {words[0] for words in COMMANDS} >= {
+        "init",
+        "serve",
+        "migrate",
+        "user",
+        "session",
+        "client",
+        "provider",
+        "token",
+    }
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -308,6 +250,18 @@ def test_version() -> None:
         pytest.param(("token", "create", "--role", "king"), id="unknown choice"),
         pytest.param(("token", "create", "--role", "bot", "--days", "0"), id="out of range"),
         pytest.param(("serve", "more"), id="too many arguments"),
+        pytest.param(("client", "create"), id="client without a name"),
+        *(
+            pytest.param(("client", "rotate", "dwc_x", "--overlap-hours", hours), id=f"overlap of {hours} hours")
+            for hours in ("-1", "8761", "nan", "inf", "soon")
+        ),
+        pytest.param(("provider", "add", "--lookup-url", "https://x.example/{access_token}"), id="provider without id"),
+        pytest.param(("provider", "add", "x", "--kind", "king"), id="unknown kind"),
+        pytest.param(("provider", "add", "x", "--token-auth", "magic"), id="unknown token auth"),
+        pytest.param(("provider", "add", "x", "--token-method", "put"), id="unknown token method"),
+        pytest.param(("provider", "add", "x", "--timeout", "soon"), id="timeout that is no number"),
+        pytest.param(("provider", "add", "x", "--client-secret", "x"), id="secret as an argument"),
+        pytest.param(("user", "export", "ada", "--output", "/"), id="export to a folder"),
     ],
 )
 def test_wrong_usage_exits_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -322,7 +276,7 @@ def test_wrong_usage_exits_2(words: tuple[str, ...], capsys: pytest.CaptureFixtu
 # What is printed
 
 
-def test_json_prints_one_value_and_errors_go_to_stderr(home: Path, here: Callable[..., Done]) -> None:
+def test_json_prints_one_value_and_errors_go_to_stderr(home: Path, here: Here) -> None:
     user = here(home, "user", "create", "--name", "Ada Lovelace", "--email", "ada@example.org", "--json")
     assert user.stderr == ""
     made = json.loads(user.stdout)
@@ -338,21 +292,21 @@ def test_json_prints_one_value_and_errors_go_to_stderr(home: Path, here: Callabl
     assert json.loads(here(home, "session", "list", "--json").stdout) == []
 
 
-def test_the_home_given_beats_the_environment(home: Path, tmp_path: Path, here: Callable[..., Done]) -> None:
+def test_the_home_given_beats_the_environment(home: Path, tmp_path: Path, here: Here) -> None:
     other = tmp_path / "other"
     done = here(other, "--home", str(home), "migrate", "--json")
-    assert json.loads(done.stdout) == {"applied": ["0001_initial"]}
+    assert json.loads(done.stdout) == {"applied": MIGRATIONS}
     assert (home / "doorward.db").is_file()
     assert not other.exists()
 
 
-def test_migrate_once(home: Path, here: Callable[..., Done]) -> None:
-    assert here(home, "migrate").stdout == "applied 0001_initial\n"
+def test_migrate_once(home: Path, here: Here) -> None:
+    assert here(home, "migrate").stdout == "".join(f"applied {name}\n" for name in MIGRATIONS)
     assert here(home, "migrate").stdout == "the schema is up to date\n"
     assert json.loads(here(home, "migrate", "--json").stdout) == {"applied": []}
 
 
-def test_any_token_name_can_be_listed(home: Path, here: Callable[..., Done]) -> None:
+def test_any_token_name_can_be_listed(home: Path, here: Here) -> None:
     name = "[/b] [red]shop"
     assert here(home, "token", "create", "--role", "bot", "--name", name).returncode == 0
     done = here(home, "token", "list")
@@ -366,17 +320,24 @@ def test_any_token_name_can_be_listed(home: Path, here: Callable[..., Done]) -> 
         ("user", "create", "--name", "Ada", "--email", "\udcff@example.org"),
         ("session", "create", "--user", "\udcff"),
         ("token", "create", "--role", "bot", "--name", "\udcff"),
+        ("client", "create", "--name", "\udcff"),
+        ("client", "rotate", "\udcff"),
+        ("provider", "add", "\udcff", "--lookup-url", "https://x.example/{access_token}"),
+        ("provider", "show", "\udcff"),
+        ("user", "create", "--name", "\udcff"),
+        ("user", "show", "\udcff"),
+        ("user", "delete", "--yes", "\udcff"),
     ],
-    ids=["email", "user", "token"],
+    ids=" ".join,
 )
-def test_arguments_that_are_no_utf_8(home: Path, words: tuple[str, ...], here: Callable[..., Done]) -> None:
+def test_arguments_that_are_no_utf_8(home: Path, words: tuple[str, ...], here: Here) -> None:
     assert_tells(here(home, *words))
 
 
 # serve, when it cannot
 
 
-def test_serve_without_a_key(home: Path, here: Callable[..., Done]) -> None:
+def test_serve_without_a_key(home: Path, here: Here) -> None:
     (home / "master.key").unlink()
     assert_tells(here(home, "serve"), f"{home}/master.key", "DOORWARD_MASTER_KEY", "`doorward init`")
 
@@ -390,19 +351,19 @@ def test_serve_without_a_key(home: Path, here: Callable[..., Done]) -> None:
         pytest.param(b"", "holds no master key", id="empty"),
     ],
 )
-def test_serve_with_a_corrupt_key(home: Path, content: bytes, part: str, here: Callable[..., Done]) -> None:
+def test_serve_with_a_corrupt_key(home: Path, content: bytes, part: str, here: Here) -> None:
     (home / "master.key").write_bytes(content)
     done = here(home, "serve")
     assert_tells(done, f"{home}/master.key", part, "backup")
     assert "hunter2" not in done.stderr
 
 
-def test_serve_with_a_key_that_others_can_read(home: Path, here: Callable[..., Done]) -> None:
+def test_serve_with_a_key_that_others_can_read(home: Path, here: Here) -> None:
     (home / "master.key").chmod(0o644)
     assert_tells(here(home, "serve"), f"`chmod 600 {home}/master.key`")
 
 
-def test_serve_with_another_key_than_before(home: Path, here: Callable[..., Done]) -> None:
+def test_serve_with_another_key_than_before(home: Path, here: Here) -> None:
     """The server writes down its key before it listens; that its port is taken ends it thereafter."""
     used, other = KeyRing.read(home / "master.key").sealing_id, MasterKey.generate()
     with taken_port() as environment:
@@ -444,7 +405,7 @@ def test_serve_on_a_socket_in_no_folder(home: Path) -> None:
     assert_tells(done, f"{home}/no/x.sock", "DOORWARD_GRPC_SOCKET")
 
 
-def test_serve_with_wrong_settings(home: Path, here: Callable[..., Done]) -> None:
+def test_serve_with_wrong_settings(home: Path, here: Here) -> None:
     (home / "doorward.toml").write_text("[grpc]\nprot = 1\n")
     assert_tells(here(home, "serve"), f"{home}/doorward.toml", "did you mean port?")
 
@@ -461,7 +422,7 @@ def newer_schema(home: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("serve",), ("migrate",), ("session", "list")], ids=" ".join)
-def test_a_newer_schema(home: Path, words: tuple[str, ...], here: Callable[..., Done]) -> None:
+def test_a_newer_schema(home: Path, words: tuple[str, ...], here: Here) -> None:
     newer_schema(home)
     assert_tells(here(home, *words), f"{home}/doorward.db", "9999_future", "upgrade Doorward", "backup")
 
@@ -476,7 +437,7 @@ def test_a_newer_schema(home: Path, words: tuple[str, ...], here: Callable[..., 
 )
 @pytest.mark.parametrize("words", [("serve",), ("migrate",)], ids=" ".join)
 def test_a_database_that_cannot_be_opened(
-    home: Path, words: tuple[str, ...], kind: str, parts: tuple[str, ...], here: Callable[..., Done]
+    home: Path, words: tuple[str, ...], kind: str, parts: tuple[str, ...], here: Here
 ) -> None:
     path = home / "other.db"
     match kind:
