@@ -6,6 +6,7 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from doorward_server.cli.root import run
 from doorward_server.crypto import MasterKey
-from tests.processes import BIN, clean_environment
+from tests.processes import BIN, await_condition, clean_environment
 
 Done = subprocess.CompletedProcess[str]
 Here = Callable[..., Done]
@@ -104,8 +105,10 @@ def write_key(home: Path, *keys: MasterKey) -> None:
     path.chmod(0o600)
 
 
-def at_terminal(home: Path, *arguments: str, prompt: str, typed: str) -> Done:
+def at_terminal(home: Path, *arguments: str, prompt: str, typed: str, hidden: bool = False) -> Done:
     """Run `doorward` at a real terminal, standard output aside; `typed` is typed when the prompt is shown.
+
+    `hidden`: and when the terminal does not echo any more, for what was typed before is dropped.
 
     What the terminal showed, echoes too, is the result's stderr.
     """
@@ -125,6 +128,8 @@ def at_terminal(home: Path, *arguments: str, prompt: str, typed: str) -> Done:
         while more := _read_terminal(master):
             shown += more
             if waiting and prompt.encode() in shown:
+                if hidden:
+                    await_condition(lambda: not termios.tcgetattr(master)[3] & termios.ECHO, "no echo")
                 os.write(master, typed.encode())
                 waiting = False
         output, _ = process.communicate(timeout=30)

@@ -248,7 +248,7 @@ def test_sources_of_the_secret(
 
 def test_the_secret_is_asked_for_at_a_terminal_without_echo(home: Path) -> None:
     words = ("provider", "add", "login", *WITH_CODES, "--json")
-    done = at_terminal(home, *words, prompt="Client secret", typed=f"{SECRET}\n")
+    done = at_terminal(home, *words, prompt="Client secret", typed=f"{SECRET}\n", hidden=True)
     assert result(Done(done.args, done.returncode, done.stdout, "")) == {"id": "login"}
     assert SECRET not in done.stderr
     assert stored_secret(home) == SECRET
@@ -256,7 +256,7 @@ def test_the_secret_is_asked_for_at_a_terminal_without_echo(home: Path) -> None:
 
 
 def test_an_end_at_the_prompt_adds_nothing(home: Path, here: Here) -> None:
-    done = at_terminal(home, "provider", "add", "login", *WITH_CODES, prompt="Client secret", typed="\x03")
+    done = at_terminal(home, "provider", "add", "login", *WITH_CODES, prompt="Client secret", typed="\x03", hidden=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     assert result(here(home, "provider", "list", "--json")) == []
@@ -671,6 +671,8 @@ def test_delete_takes_all_that_hangs_on_a_user(home: Path, here: Here, words: tu
     make_user(here, home, "Bob", "bob@example.org")
     holdings = furnish(home, 1)
     furnish(home, 2)
+    revocation = ("--revocation-url", "https://flo.example/revoke", "--token-auth", "none")
+    assert here(home, "provider", "add", "flo", "--kind", "kai", *KAI, *revocation).returncode == 0
     done = here(home, "user", "delete", "ada", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == ('{"id": 1}\n' if "--json" in words else "deleted user 1\n")
