@@ -9,11 +9,12 @@ from typing import NamedTuple
 from doorward_server.clock import Clock
 from doorward_server.crypto import fingerprint, make_secret
 from doorward_server.database import Database
-from doorward_server.errors import ApiClientNotFound
+from doorward_server.errors import ApiClientNotFound, OperatorError
 from doorward_server.models import ApiClient, ClientSecret, to_micros
 
 # Told apart from other secrets by people and by scanners of repositories.
 _ID_PREFIX, _SECRET_PREFIX = "dwc_", "dws_"
+_LONGEST_NAME = 100
 # Looked up by the secret: an unknown id and a wrong secret are the same miss, which takes the same time.
 _FIND = """
 SELECT client_secrets.client_id FROM client_secrets JOIN api_clients ON api_clients.id = client_secrets.client_id
@@ -36,6 +37,8 @@ class ApiClients:
 
     def create(self, name: str) -> tuple[ApiClient, str]:
         """Add a client; returns it and its secret, which is stored nowhere."""
+        if not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+            raise OperatorError(f"the name has to be 1 to {_LONGEST_NAME} printable characters, not all blank")
         client_id, now = _ID_PREFIX + secrets.token_hex(8), self.clock.now()
         with self.database.writing():
             client = ApiClient.create(id=client_id, name=name, created_at=now)

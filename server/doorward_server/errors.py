@@ -91,7 +91,7 @@ class InvalidMinTtl(InvalidArgument):
 
 class InvalidName(InvalidArgument):
     reason = "INVALID_NAME"
-    message = "the name has to give a slug of letters that is not `me`, and be at most 100 characters"
+    message = "the name has to be at most 100 printable characters, with a letter in it, and not `me`"
 
 
 class InvalidEmail(InvalidArgument):

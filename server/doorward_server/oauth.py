@@ -109,16 +109,15 @@ class OAuth:
 
     def _authenticated(self, provider: Provider, method: str, url: str, form: Mapping[str, str]) -> Answer:
         """A request with the client's authentication (RFC 6749, section 2.3.1)."""
-        client_id = provider.client_id or ""
         form, headers = dict(form), {}
-        match provider.token_auth:
-            case "client_secret_post":
-                form |= {"client_id": client_id, "client_secret": provider.secret}
-            case "client_secret_basic":
-                pair = f"{quote_plus(client_id)}:{quote_plus(provider.secret)}"
-                headers["authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-            case "none":
-                form |= {"client_id": client_id}
+        client_id, secret = provider.client_id, provider.secret
+        if provider.token_auth == "client_secret_basic":  # noqa: S105
+            pair = f"{quote_plus(client_id or '')}:{quote_plus(secret)}"
+            headers["authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        elif client_id is not None:
+            form["client_id"] = client_id
+            if provider.token_auth == "client_secret_post":  # noqa: S105
+                form["client_secret"] = secret
         if method == "GET":
             return self._request(provider, method, url, headers=headers, query=form)
         return self._request(provider, method, url, headers=headers, form=form)

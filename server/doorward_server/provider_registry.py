@@ -17,6 +17,7 @@ from doorward_server.errors import OperatorError, ProviderNotFound
 from doorward_server.models import Connection, OAuthIdentity, StoredProvider
 from doorward_server.providers import Provider
 
+_TAKEN = "there is a provider {} already: remove it first, or choose another id"
 _LIST = "SELECT id, settings, client_secret FROM providers"
 _FIND = f"{_LIST} WHERE provider = ?"
 
@@ -51,12 +52,18 @@ class ProviderRegistry:
         by_id = {**{provider.id: provider for provider in stored}, **self.configured}
         return [by_id[provider_id] for provider_id in sorted(by_id)]
 
-    def add(self, provider: Provider) -> None:
-        """Keep a provider, its secret sealed."""
+    def check_free(self, provider: Provider) -> None:
+        """Raise OperatorError when there is a provider with this one's id."""
         if provider.id in self.configured:
             raise OperatorError(
                 f"the provider {provider.id} stands in the settings file: change it there, or choose another id"
             )
+        if self.find(provider.id) is not None:
+            raise OperatorError(_TAKEN.format(provider.id))
+
+    def add(self, provider: Provider) -> None:
+        """Keep a provider, its secret sealed."""
+        self.check_free(provider)
         settings = provider.model_dump(
             mode="json", exclude={"client_secret", "client_secret_file"}, exclude_defaults=True
         )
@@ -67,9 +74,7 @@ class ProviderRegistry:
                     sealed = self.keys.seal(provider.secret, _secret_of(row.id))
                     StoredProvider.update(client_secret=sealed).where(StoredProvider.id == row.id).execute()
         except peewee.IntegrityError:
-            raise OperatorError(
-                f"there is a provider {provider.id} already: remove it first, or choose another id"
-            ) from None
+            raise OperatorError(_TAKEN.format(provider.id)) from None
 
     def remove(self, provider_id: str, *, unlink: bool) -> None:
         """Forget a provider.
@@ -85,7 +90,7 @@ class ProviderRegistry:
             linked = OAuthIdentity.select().where(OAuthIdentity.provider == provider_id).count()
             if linked and not unlink:
                 raise OperatorError(
-                    f"users log in with {linked} identities at the provider {provider_id}: --unlink removes these, too"
+                    f"{linked} of the users' identities are at the provider {provider_id}: give --unlink to remove these, too"
                 )
             OAuthIdentity.delete().where(OAuthIdentity.provider == provider_id).execute()
             if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute():

@@ -5,6 +5,7 @@ Imports nothing of the project.
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
@@ -66,6 +67,15 @@ TokenMethod = Literal["post", "get"]
 LookupTemplate = Annotated[str, AfterValidator(_lookup_template)]
 
 
+class SettingsMissing(ValueError):
+    """A provider of this kind cannot do without these settings."""
+
+    def __init__(self, kind: str, names: Sequence[str]) -> None:
+        super().__init__(f'kind = "{kind}" needs {", ".join(names)}: add what is missing')
+        self.kind = kind
+        self.names = names
+
+
 class Provider(BaseModel):
     """One `[providers.ID]` section. Times are in seconds."""
 
@@ -81,14 +91,14 @@ class Provider(BaseModel):
     lookup_url: LookupTemplate | None = None
     # Where the account's id stands in that answer; `a.b` is the member b of the object a.
     lookup_id_property: DottedName = "id"
-    client_id: str | None = None
+    client_id: str | None = Field(None, min_length=1)
     client_secret: SecretStr | None = Field(None, min_length=1)
     # A file that holds the secret, relative to the settings file.
     client_secret_file: Path | None = None
     token_auth: TokenAuth = "client_secret_post"  # noqa: S105
     token_method: TokenMethod = "post"  # noqa: S105
     redirect_uri: HttpUrl | None = None
-    scopes: tuple[str, ...] = ()
+    scopes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     # One request, from the name lookup to the last byte.
     timeout: float = Field(5.0, gt=0, le=60)
     connect_timeout: float = Field(2.0, gt=0, le=60)
@@ -98,15 +108,13 @@ class Provider(BaseModel):
     @model_validator(mode="after")
     def _is_complete(self) -> "Provider":
         if not _PROVIDER_ID.fullmatch(self.id):
-            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`: rename it")
+            raise ValueError("a provider's id is made of a-z, 0-9, `-` and `_`, at most 64 of them: rename it")
         if self.client_secret is not None and self.client_secret_file is not None:
             raise ValueError("client_secret and client_secret_file contradict each other: keep one")
         if missing := [name for name in self._required() if getattr(self, name) is None]:
-            raise ValueError(f'kind = "{self.kind}" needs {", ".join(missing)}: add what is missing')
+            raise SettingsMissing(self.kind, missing)
         if self.kind == "kai" and self.id not in KAI_TYPES:
-            raise ValueError(
-                'kind = "kai" is for the ids flo, min and eag: rename the section or set kind = "identity"'
-            )
+            raise ValueError("the kind kai is for the ids flo, min and eag: choose one of these, or the kind identity")
         return self
 
     def _required(self) -> list[str]:

@@ -31,7 +31,7 @@ _BY_ID, _BY_SLUG = User.select_sql("WHERE id = ?"), User.select_sql("WHERE slug 
 _LONGEST_NAME = 100
 _LARGEST_ID = 2**63 - 1
 # What must hold of every deliverable address (RFC 5321, section 4.5.3.1.3); the rest only mail can tell.
-_EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f\ud800-\udfff]{1,64}@[^\s@\x00-\x1f\x7f\ud800-\udfff]{1,255}")
+_EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}@[^\s@\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}")
 
 
 def find_id(handle: str) -> int | None:

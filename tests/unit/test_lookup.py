@@ -391,7 +391,7 @@ def test_a_redirect_uri_that_is_not_configured_is_not_sent(outbound: Outbound, p
         OAuth(outbound).exchange_code(described(provider.url, token_url=f"{provider.url}/token"), "code")
     assert refusal.value.metadata == {"error": "invalid_client"}
     [request] = provider.requests("token")
-    assert request["form"] == {"grant_type": "authorization_code", "code": "code", "client_id": "", "client_secret": ""}
+    assert request["form"] == {"grant_type": "authorization_code", "code": "code"}
 
 
 def test_without_a_token_url_there_is_nobody_to_ask(outbound: Outbound) -> None:

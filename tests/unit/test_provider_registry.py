@@ -192,7 +192,9 @@ def test_identities_are_unlinked_on_demand_only(registry: Registry, user_id: int
         registry().add(identity(name))
         for subject in ("7", "8"):
             link(registry(), user_id, name, subject)
-    with pytest.raises(OperatorError, match="2 identities at the provider login: --unlink removes these, too"):
+    with pytest.raises(
+        OperatorError, match="2 of the users' identities are at the provider login: give --unlink to remove these, too"
+    ):
         registry().remove("login", unlink=False)
     assert len(links(registry())) == 4
     registry().remove("login", unlink=True)

@@ -1,17 +1,20 @@
 """What every command needs: the app, the common options, and how results are shown."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.prompt import Confirm
 from rich.table import Column, Table
 from rich.text import Text
 
 from doorward_server import settings as settings_module
 from doorward_server.app import App
+from doorward_server.errors import OperatorError
 
 HELP: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
@@ -27,6 +30,14 @@ def app_of(ctx: typer.Context) -> App:
 def iso(time: datetime | None) -> str | None:
     """A time to the second; None stays None."""
     return time.isoformat(timespec="seconds") if time else None
+
+
+def confirm(question: str) -> None:
+    """Go on only if whoever sits at the terminal says so."""
+    if not sys.stdin.isatty():
+        raise OperatorError("there is nobody to ask: give --yes, or run this in a terminal")
+    if not Confirm.ask(question, console=Console(stderr=True), default=False):
+        raise typer.Exit(1)
 
 
 def print_json(value: Any) -> None:
@@ -78,4 +89,5 @@ def _cell(value: Any) -> str:
                 else ", ".join(f"{name.replace('_', ' ')}: {_cell(inner)}" for name, inner in value.items())
             )
         case _:
-            return str(value)
+            # Much of it was set by others, and must not steer the terminal.
+            return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(value))

@@ -8,8 +8,8 @@ import typer
 from doorward_server.cli.base import HELP, Json, app_of, iso, print_done, print_json, print_list
 from doorward_server.models import ApiClient
 
-cli = typer.Typer(help="API clients: who keeps users here over REST, by HTTP Basic.", **HELP)
-ClientId = Annotated[str, typer.Argument(metavar="ID", help="The client's id.")]
+cli = typer.Typer(help="API clients: programs that keep their users here, over REST with HTTP Basic.", **HELP)
+ClientId = Annotated[str, typer.Argument(metavar="ID", help="The client's id; see `doorward client list`.")]
 
 
 @cli.command(epilog="Example: doorward client create --name shop")
@@ -18,7 +18,7 @@ def create(
     name: Annotated[str, typer.Option(help="Who it is, for your own records.")],
     as_json: Json = False,
 ) -> None:
-    """Add an API client and print its id (the user name of HTTP Basic) and its secret. It is shown only now."""
+    """Add an API client; print its id (the user name of HTTP Basic) and its secret, which is shown only this once."""
     client, secret = app_of(ctx).clients.create(name)
     if as_json:
         print_json({**_client(client), "secret": secret})
@@ -38,11 +38,11 @@ def rotate(
     ctx: typer.Context,
     client_id: ClientId,
     overlap_hours: Annotated[
-        float, typer.Option(help="The secret before stays valid for so long; 0: it ends at once.", min=0, max=8760)
+        float, typer.Option(help="Hours that the secret before stays valid; 0: it ends at once.", min=0, max=8760)
     ] = 24,
     as_json: Json = False,
 ) -> None:
-    """Make a new secret and print it. It is shown only now. At most two secrets are valid at once."""
+    """Make a new secret and print it; it is shown only this once. At most two secrets are valid at once."""
     app = app_of(ctx)
     overlap = timedelta(hours=overlap_hours)
     secret = app.clients.rotate(client_id, overlap)

@@ -5,33 +5,43 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from doorward_server.app import App
 from doorward_server.cli.base import HELP, Json, app_of, print_done, print_list, print_one
+from doorward_server.cli.files import read_text
 from doorward_server.errors import OperatorError
-from doorward_server.providers import Kind, Provider, TokenAuth, TokenMethod
+from doorward_server.providers import Kind, Provider, SettingsMissing, TokenAuth, TokenMethod
 from doorward_server.settings import CLIENT_SECRET_VARIABLE, client_secret_variable
 
 cli = typer.Typer(help="OAuth 2 services that users connect to or log in with.", **HELP)
-ProviderId = Annotated[str, typer.Argument(metavar="ID", help="Its id.")]
+ProviderId = Annotated[str, typer.Argument(metavar="ID", help="Its id; see `doorward provider list`.")]
 
 
 @cli.command(epilog="Example: doorward provider add xyz --lookup-url 'https://oauth.example.org/user?t={access_token}'")
 def add(  # noqa: PLR0917 - an option for each setting
     ctx: typer.Context,
-    provider_id: ProviderId,
-    kind: Annotated[Kind, typer.Option(help="identity: users log in with it. kai: its tokens are kept.")] = "identity",
+    provider_id: Annotated[
+        str, typer.Argument(metavar="ID", help="A name of your choice (a-z, 0-9, -, _); clients send it as `provider`.")
+    ],
+    kind: Annotated[
+        Kind, typer.Option(help="identity: users log in with it. kai (the ids flo, min, eag): its tokens are kept.")
+    ] = "identity",
     lookup_url: Annotated[
         str | None, typer.Option(help="Tells whose account a token is for; holds {access_token}.")
     ] = None,
     lookup_id_property: Annotated[
-        str | None, typer.Option(help="Where the lookup's answer holds the id; dots lead deeper. \\[default: id]")
+        str | None,
+        typer.Option(help="Where the lookup's answer holds the account's id, such as data.id. \\[default: id]"),
     ] = None,
-    token_url: Annotated[str | None, typer.Option(help="Where codes are exchanged.")] = None,
-    token_method: Annotated[TokenMethod | None, typer.Option(help="How. \\[default: post]")] = None,
+    token_url: Annotated[
+        str | None, typer.Option(help="Where codes are exchanged; needed if clients send codes.")
+    ] = None,
+    token_method: Annotated[
+        TokenMethod | None, typer.Option(help="The HTTP method of the exchange. \\[default: post]")
+    ] = None,
     token_auth: Annotated[
-        TokenAuth | None, typer.Option(help="How it knows this client. \\[default: client_secret_post]")
+        TokenAuth | None, typer.Option(help="How Doorward authenticates there. \\[default: client_secret_post]")
     ] = None,
     client_id: Annotated[str | None, typer.Option(help="The id that it knows this installation by.")] = None,
     client_secret_file: Annotated[
@@ -42,10 +52,12 @@ def add(  # noqa: PLR0917 - an option for each setting
             allow_dash=True,
         ),
     ] = None,
-    redirect_uri: Annotated[str | None, typer.Option(help="As registered there.")] = None,
+    redirect_uri: Annotated[
+        str | None, typer.Option(help="The redirect URI that is registered at the provider.")
+    ] = None,
     authorize_url: Annotated[str | None, typer.Option(help="Where users allow the access.")] = None,
     revocation_url: Annotated[str | None, typer.Option(help="Where tokens are revoked.")] = None,
-    scope: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="A scope, for your own records; may be repeated.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that one request may take. \\[default: 5]")] = None,
     as_json: Json = False,
 ) -> None:
@@ -67,10 +79,16 @@ def add(  # noqa: PLR0917 - an option for each setting
         "timeout": timeout,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if client_id and token_url and token_auth != "none":  # noqa: S105
+    needs_secret = bool(client_id and token_url and token_auth != "none")  # noqa: S105
+    if client_secret_file is not None and not needs_secret:
+        raise OperatorError("--client-secret-file is of no use without --token-url and --client-id")
+    if needs_secret:
+        # What is wrong with the rest is told before anybody has to type a secret.
+        app.providers.check_free(_checked(app, {**given, "client_secret": "-"}))
         given["client_secret"] = _read_secret(client_secret_file)
+    provider = _checked(app, given)
     app.record_key()  # the secret is sealed with it
-    app.providers.add(_checked(app, given))
+    app.providers.add(provider)
     print_done("added provider", provider_id, as_json=as_json)
 
 
@@ -93,7 +111,10 @@ def show(ctx: typer.Context, provider_id: ProviderId, as_json: Json = False) -> 
 def remove(
     ctx: typer.Context,
     provider_id: ProviderId,
-    unlink: Annotated[bool, typer.Option("--unlink", help="Remove the users' identities there, too.")] = False,
+    unlink: Annotated[
+        bool,
+        typer.Option("--unlink", help="Also remove the users' identities there, who then cannot log in with them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Remove a provider that was added by command."""
@@ -101,15 +122,14 @@ def remove(
     print_done("removed provider", provider_id, as_json=as_json)
 
 
-def _read_secret(file: Path | None) -> SecretStr:
+def _read_secret(file: Path | None) -> str:
     if file is not None:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text()
-        secret = text.removesuffix("\n")
+        secret = read_text(file, "--client-secret-file").removesuffix("\n")
     else:
         secret = client_secret_variable() or _ask_secret()
     if not secret:
         raise OperatorError("the client secret is empty")
-    return SecretStr(secret)
+    return secret
 
 
 def _ask_secret() -> str:
@@ -127,7 +147,7 @@ def _checked(app: App, given: dict[str, Any]) -> Provider:
         provider = Provider.model_validate(given)
         app.settings.check_timeouts(provider)
     except ValidationError as error:
-        raise OperatorError("\n".join(map(_sentence, error.errors()))) from None
+        raise OperatorError("; ".join(map(_sentence, error.errors()))) from None
     except ValueError as error:
         raise OperatorError(str(error)) from None
     return provider
@@ -135,8 +155,15 @@ def _checked(app: App, given: dict[str, Any]) -> Provider:
 
 def _sentence(problem: Any) -> str:
     """One problem that pydantic found, by the option's name. It never shows the value."""
-    what = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
-    return f"--{problem['loc'][0].replace('_', '-')}: {what}" if problem["loc"] else what
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, SettingsMissing):
+        return f"--kind {error.kind} needs {', '.join(map(_option, error.names))}"
+    what = str(error) if problem["type"] == "value_error" else problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{_option(problem['loc'][0])}: {what}" if problem["loc"] else what
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.removesuffix('s') if setting == 'scopes' else setting}".replace("_", "-")
 
 
 def _provider(app: App, provider: Provider) -> dict[str, Any]:

@@ -1,10 +1,7 @@
 """`doorward` itself: its options, and the commands that are about an installation."""
 
-import contextlib
 import os
 import sys
-import tempfile
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -16,6 +13,7 @@ import typer
 from doorward_server import settings as settings_module
 from doorward_server.app import App, Server
 from doorward_server.cli.base import HELP, Json, app_of, print_json
+from doorward_server.cli.files import create, read_text
 from doorward_server.crypto import MasterKey
 from doorward_server.database import open_database
 from doorward_server.errors import DoorwardError, OperatorError
@@ -86,12 +84,12 @@ def init(
     if not home.is_dir():
         raise OperatorError(f"the home {home} is a file: set DOORWARD_HOME or --home to a folder")
     if not config.exists():
-        _create(config, _starter_settings(settings), check=partial(settings_module.load, ctx.obj))
+        create(config, _starter_settings(settings), check=partial(settings_module.load, ctx.obj))
         created.append(config)
     app = App(settings_module.load(ctx.obj))
     key_file = app.settings.key_file
     if app.settings.master_key is None and not key_file.exists():
-        _create(
+        create(
             key_file,
             f"# Doorward's master key. Back it up apart from the database.\n{MasterKey.generate()}\n",
         )
@@ -128,38 +126,7 @@ def migrate(ctx: typer.Context, as_json: Json = False) -> None:
         typer.echo("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
 
 
-# Files
-
-
 def _starter_settings(source: Path | None) -> str:
     if source is None:
         return (files("doorward_server") / "starter.toml").read_text()
-    try:
-        read = sys.stdin.buffer.read if str(source) == "-" else source.read_bytes
-        return read().decode()
-    except OSError as error:
-        raise OperatorError(f"--settings: cannot read {source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise OperatorError(f"--settings: {source} is not a text file") from None
-
-
-def _create(path: Path, text: str, check: Callable[[Path], object] = lambda _: None) -> None:
-    """Write a file of mode 0600 that is whole and checked from the first moment; one that exists stays as it is."""
-    try:
-        # Its name is unlike any other process's, on whatever machine.
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise OperatorError(f"cannot write {path}: {error.strerror}. Make its folder, and make it writable") from None
-    draft = Path(name)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        check(draft)
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
-    except OSError as error:
-        raise OperatorError(f"cannot write {path}: {error.strerror}") from None
-    except OperatorError as error:
-        raise OperatorError(str(error).replace(name, str(path))) from None
-    finally:
-        draft.unlink(missing_ok=True)
+    return read_text(source, "--settings")

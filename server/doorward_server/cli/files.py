@@ -1,0 +1,47 @@
+"""Files and standard streams that commands read and write."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from doorward_server.errors import OperatorError
+
+
+def read_text(path: Path, option: str) -> str:
+    """The text of a file that an option names; `-` is standard input."""
+    try:
+        return (sys.stdin.buffer.read if str(path) == "-" else path.read_bytes)().decode()
+    except OSError as error:
+        raise OperatorError(f"{option}: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OperatorError(f"{option}: {path} is not a text file") from None
+
+
+def create(path: Path, text: str, check: Callable[[Path], object] = lambda _: None) -> bool:
+    """Write a file of mode 0600 that is whole and checked from the first moment.
+
+    One that exists stays as it is; returns whether it was written.
+    """
+    try:
+        # Its name is unlike any other process's, on whatever machine.
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OperatorError(f"cannot write {path}: {error.strerror}. Make its folder, and make it writable") from None
+    draft = Path(name)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        check(draft)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+            return True
+    except OSError as error:
+        raise OperatorError(f"cannot write {path}: {error.strerror}") from None
+    except OperatorError as error:
+        raise OperatorError(str(error).replace(name, str(path))) from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return False
