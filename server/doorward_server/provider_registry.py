@@ -90,7 +90,8 @@ class ProviderRegistry:
             linked = OAuthIdentity.select().where(OAuthIdentity.provider == provider_id).count()
             if linked and not unlink:
                 raise OperatorError(
-                    f"{linked} of the users' identities are at the provider {provider_id}: give --unlink to remove these, too"
+                    f"{linked} of the users' identities are at the provider {provider_id}: "
+                    "give --unlink to remove these, too"
                 )
             OAuthIdentity.delete().where(OAuthIdentity.provider == provider_id).execute()
             if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute():
