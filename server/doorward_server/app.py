@@ -106,7 +106,7 @@ class App:
 
     @cached_property
     def basic_failures(self) -> FailureLimit:
-        """Wrong Basic credentials. Apart from failed log-ins, or they would keep a client from logging users in."""
+        """Wrong Basic credentials, counted apart from failed log-ins."""
         return FailureLimit(self.settings.limits.auth_failures, self.clock)
 
     @cached_property

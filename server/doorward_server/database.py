@@ -6,10 +6,12 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import peewee
 from playhouse.migrations import Runner
@@ -22,6 +24,22 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 # Pages in KiB that each connection may cache: the operating system caches the file once for all.
 _CACHE_KIB = 512
 _LONGEST_QUEUE = 48
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Change(Generic[T]):
+    """What one thread wants to write, and what became of it."""
+
+    run: Callable[[], T]
+    is_done: bool = False
+    result: T | None = None
+    failure: Exception | None = None
+
+    def outcome(self) -> T:
+        if self.failure is not None:
+            raise self.failure
+        return cast(T, self.result)
 
 
 class Database:
@@ -50,34 +68,84 @@ class Database:
         self._writer = threading.Lock()
         # While the file is held by another program, some threads have to stay free for reads.
         self._queue = threading.BoundedSemaphore(_LONGEST_QUEUE)
+        # What waits to be written; a deque's operations are atomic.
+        self._changes: deque[_Change[Any]] = deque()
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction. Never do network calls inside."""
-        with self._turn(), storage_failures(), self.engine.atomic():
-            yield
-
-    def write(self, sql: str, parameters: Sequence[object]) -> None:
-        """Run one constant statement that changes rows, which is a transaction of its own: for hot paths."""
-        with self._turn(), storage_failures():
-            self.engine.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """A thread's turn to write."""
-        if not self._queue.acquire(blocking=False):
-            raise StorageUnavailable
-        try:
+        with self._queued():
             if not self._writer.acquire(timeout=self._busy_timeout):
                 raise StorageUnavailable
             try:
-                yield
+                with storage_failures(), self.engine.atomic():
+                    yield
             finally:
                 self._writer.release()
+
+    def write(self, run: Callable[[], T]) -> T:
+        """Run a change in a transaction that it may share with other threads' changes; returns what it returns.
+
+        Under load one commit, which waits for the disk, is then one for many. The change runs in whichever of
+        the threads commits, perhaps a second time, so it does nothing but use this database. When it raises, it
+        alone is undone.
+        """
+        change = _Change(run)
+        with self._queued():
+            self._changes.append(change)
+            if not self._writer.acquire(timeout=self._busy_timeout):
+                try:
+                    self._changes.remove(change)
+                except ValueError:  # another thread is at it
+                    self._writer.acquire()
+                else:
+                    raise StorageUnavailable
+            try:
+                if not change.is_done:
+                    self._run_changes()
+            finally:
+                self._writer.release()
+        return change.outcome()
+
+    def _run_changes(self) -> None:
+        """Run all that wait, together; or, if one of them fails, each by itself."""
+        changes = [self._changes.popleft() for _ in range(len(self._changes))]
+        try:
+            with storage_failures(), self.engine.atomic():
+                for change in changes:
+                    change.result = change.run()
+        except StorageUnavailable as failure:
+            for change in changes:
+                change.failure = failure
+        except Exception:  # noqa: BLE001 - each thread is told its own
+            for change in changes:
+                self._run_alone(change)
+        for change in changes:
+            change.is_done = True
+
+    def _run_alone(self, change: _Change[Any]) -> None:
+        try:
+            with storage_failures(), self.engine.atomic():
+                change.result = change.run()
+        except Exception as failure:  # noqa: BLE001 - its thread raises it
+            change.failure = failure
+
+    @contextmanager
+    def _queued(self) -> Iterator[None]:
+        """A place in the queue of those who write."""
+        if not self._queue.acquire(blocking=False):
+            raise StorageUnavailable
+        try:
+            yield
         finally:
             self._queue.release()
+
+    def execute(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
+        """Run a constant statement inside the caller's transaction, without peewee; returns the first row, if any."""
+        row: tuple[Any, ...] | None = self.engine.execute_sql(sql, parameters).fetchone()  # type: ignore[no-untyped-call]
+        return row
 
     def fetch_one(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
         """The first row of a constant statement, without peewee: for hot reads, outside of transactions."""

@@ -8,7 +8,7 @@
         │                             InvalidMinTtl, InvalidName, InvalidEmail, InvalidField,
         │                             ProviderRequired, TokenOrCodeRequired, TokenOrCodeTooLong,
         │                             ProviderHasNoTokenUrl, LookupRejected, LookupWithoutId
-        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected
+        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected, TooManyIdentities
         ├── Unauthenticated           NoSession, NoServiceToken, NoApiClient
         ├── PermissionDenied          SessionRequired, NotSelf, OriginNotAllowed, ServiceTokenRequired,
         │                             RoleRequired, NotYourUser
@@ -16,6 +16,7 @@
         │                             ApiClientNotFound, ProviderNotFound, IdentityNotFound, NoSuchIdentity
         ├── AlreadyExists             SlugTaken, EmailTaken, IdentityTaken
         ├── ResourceExhausted         TooManyFailures
+        ├── Cancelled                 the caller has left
         ├── Aborted                   NotConnected, CodeAlreadyUsed
         ├── Unavailable               ProviderUnavailable, ProviderMalformed, Busy, StorageUnavailable
         ├── DeadlineExceeded          ProviderTimeout
@@ -151,6 +152,11 @@ class NeedsReauth(FailedPrecondition):
 class RefreshRejected(FailedPrecondition):
     reason = "REFRESH_REJECTED"
     message = "the provider refused to refresh the token; the connection is kept"
+
+
+class TooManyIdentities(FailedPrecondition):
+    reason = "TOO_MANY_IDENTITIES"
+    message = "the user has 50 identities, which is the most: remove one first"
 
 
 class Unauthenticated(CallError):
@@ -293,6 +299,12 @@ class NotConnected(Aborted):
 class CodeAlreadyUsed(Aborted):
     reason = "CODE_ALREADY_USED"
     message = "this code was sent to the provider before: start the authorization again"
+
+
+class Cancelled(CallError):
+    code = "CANCELLED"
+    reason = "CANCELLED"
+    message = "the caller has left"
 
 
 class Unavailable(CallError):

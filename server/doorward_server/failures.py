@@ -1,4 +1,4 @@
-"""Failures: how often each caller may try wrong credentials. Imports `errors` and `clock`."""
+"""Failures: how often each caller may try wrong credentials or proofs. Imports `errors` and `clock`."""
 
 import math
 import threading
@@ -37,13 +37,6 @@ class FailureLimit:
         counts: TTLCache[tuple[str, str], _Count] = TTLCache(_MOST_CALLERS, _WINDOW, timer=self._seconds)
         object.__setattr__(self, "_counts", counts)
 
-    def check(self, caller: str, address: str) -> None:
-        """Raise TooManyFailures when the caller has none left."""
-        with self._lock:
-            count = self._counts.get((caller, address))
-        if count is not None and count.failures >= self.per_minute > 0:
-            self._refuse(count)
-
     def add(self, caller: str, address: str) -> None:
         """Count one failure; raises TooManyFailures when it is one too many."""
         if not self.per_minute:
@@ -53,11 +46,8 @@ class FailureLimit:
             count.failures += 1
             allowed = count.failures <= self.per_minute
         if not allowed:
-            self._refuse(count)
-
-    def _refuse(self, count: _Count) -> None:
-        left = count.since + _WINDOW - self._seconds()
-        raise TooManyFailures({"retry_after": str(max(1, math.ceil(left)))})
+            left = count.since + _WINDOW - self._seconds()
+            raise TooManyFailures({"retry_after": str(max(1, math.ceil(left)))})
 
     def _seconds(self) -> float:
         return self.clock.now().timestamp()

@@ -4,9 +4,10 @@ Owns the table `oauth_identities`. Imports `oauth`, `provider_registry`, `sessio
 `models` and below.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import peewee
@@ -27,6 +28,7 @@ from doorward_server.errors import (
     ProviderRequired,
     TokenOrCodeRequired,
     TokenOrCodeTooLong,
+    TooManyIdentities,
     UserNotFound,
 )
 from doorward_server.failures import FailureLimit
@@ -39,9 +41,15 @@ from doorward_server.users import Users
 
 # Both may have to go into a URL, percent-encoded, which has its limits.
 _LONGEST_PROOF = 16384
+# All of them stand in every answer that shows the user.
+_MOST_IDENTITIES = 50
 _LINK = """
 INSERT INTO oauth_identities (user_id, provider, subject, created_at) VALUES (?, ?, ?, ?)
 ON CONFLICT (provider, subject) DO NOTHING
+"""
+_LINKED = """
+SELECT user_id, (SELECT count(*) FROM oauth_identities WHERE user_id = ?) FROM oauth_identities
+WHERE provider = ? AND subject = ?
 """
 _OWNER = "SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?"
 _USER_OF = User.select_sql(f"WHERE id = ({_OWNER})")
@@ -87,14 +95,21 @@ class Identities:
         user = self.users.get_of(client_id, handle)
         provider, subject = self._look_up(proof)
         try:
-            # The unique index decides who is first, whatever else happens at the same time.
-            self.database.write(_LINK, (user.id, provider.id, subject, to_micros(self.clock.now())))
+            self.database.write(partial(self._link, user, provider, subject))
         except peewee.IntegrityError:
             raise UserNotFound from None
-        profile = self.profile(user)
-        if not any((linked.provider, linked.subject) == (provider.id, subject) for linked in profile.identities):
+        return self.profile(user)
+
+    def _link(self, user: User, provider: Provider, subject: str) -> None:
+        """Inside a transaction. The unique index decides who is first."""
+        if self.providers.find(provider.id) != provider:
+            raise ProviderNotFound  # removed meanwhile: a later one of the same id may be another service
+        self.database.execute(_LINK, (user.id, provider.id, subject, to_micros(self.clock.now())))
+        linked = self.database.execute(_LINKED, (user.id, provider.id, subject))
+        if linked is None or linked[0] != user.id:
             raise IdentityTaken
-        return profile
+        if linked[1] > _MOST_IDENTITIES:
+            raise TooManyIdentities
 
     def remove(self, client_id: str, handle: str, provider_id: str, subject: str) -> Profile:
         """Unlink an account. Raises UserNotFound, NotYourUser, IdentityNotFound."""
@@ -110,11 +125,11 @@ class Identities:
         return self.profile(user)
 
     def log_in(
-        self, proof: Proof, *, client_id: str | None, address: str, replacing: str | None
+        self, proof: Proof, *, client_id: str | None, address: str, replacing: Sequence[str]
     ) -> tuple[Profile, str]:
         """Start a session; returns the profile and the cookie's value. See LogIn for the errors.
 
-        `address` is where the attempt comes from, `replacing` the cookie that came with it.
+        `address` is where the attempt comes from, `replacing` the cookies that came with it.
         """
         with self._counted(client_id, address):
             if client_id is None and proof.access_token not in (None, ""):
@@ -128,8 +143,7 @@ class Identities:
 
     @contextmanager
     def _counted(self, client_id: str | None, address: str) -> Iterator[None]:
-        """Counts the failures that whoever tries can be blamed for."""
-        self.failures.check(client_id or "", address)
+        """Counts the failures that whoever tries can be blamed for; a right proof is never refused for others."""
         try:
             yield
         except _FAILED_ATTEMPTS:

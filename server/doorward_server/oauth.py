@@ -86,7 +86,7 @@ class OAuth:
 
         Raises LookupRejected on a 4xx, LookupWithoutId, else what `Outbound.request` raises.
         """
-        answer = self._request(provider, "GET", provider.lookup_url_for(access_token), repeatable=True)
+        answer = self._request(provider, "GET", provider.lookup_url_for(access_token))
         if _is_client_error(answer.status):
             raise LookupRejected
         if answer.status >= 500:  # noqa: PLR2004
@@ -172,7 +172,8 @@ def _account_id(body: bytes, path: str) -> str:
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, int | Decimal) and not isinstance(value, bool):
         value = _decimal_text(Decimal(value))
-    if not _is_token(value) or len(value) > _LONGEST_ACCOUNT_ID:
+    # Dots alone could not be told in a path (RFC 3986, section 5.2.4).
+    if not _is_token(value) or len(value) > _LONGEST_ACCOUNT_ID or not value.isprintable() or not value.strip(" ."):
         raise LookupWithoutId
     return value
 

@@ -7,13 +7,12 @@ and reads at most 1 MiB. At most so many requests are under way at once; more ar
 
 import contextlib
 import ipaddress
-import itertools
 import socket
 import ssl
 import threading
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LookupTimeout
@@ -36,7 +35,6 @@ from doorward_server.errors import (
 )
 
 MAX_ANSWER_BYTES = 1 << 20
-_KEPT_SECONDS = 5.0
 _HEADERS = {"user-agent": "doorward", "accept": "application/json", "accept-encoding": "identity"}
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -75,8 +73,6 @@ class Timeouts:
 
 # The monotonic time at which the request of this thread has to be over.
 _deadline: ContextVar[float] = ContextVar("deadline")
-# Whether the request of this thread has begun to make a connection, or has had a byte of its answer.
-_under_way: ContextVar[bool] = ContextVar("under_way")
 
 
 def _left() -> float:
@@ -136,10 +132,7 @@ class _TimedStream(httpcore.NetworkStream):
         self._stream = stream
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        received = self._stream.read(max_bytes, _within_deadline(timeout))
-        if received:
-            _under_way.set(True)
-        return received
+        return self._stream.read(max_bytes, _within_deadline(timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._stream.write(buffer, _within_deadline(timeout))
@@ -177,7 +170,6 @@ class _GuardedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        _under_way.set(True)
         addresses = [address for address in self._resolve(host, port) if self._may_connect(address, port)]
         if not addresses:
             raise httpcore.ConnectError("the address is not allowed")
@@ -214,47 +206,48 @@ class _GuardedBackend(httpcore.NetworkBackend):
 
 
 class _GuardedTransport(httpx.HTTPTransport):
-    """Has one connection, which it keeps for a few seconds after a request if `kept` is 1."""
+    """Makes a connection for each request and keeps none.
 
-    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext, *, kept: int) -> None:
+    On a kept one, a request that fails may or may not have been seen, and what a peer sends in advance would
+    answer the next user's request.
+    """
+
+    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext) -> None:
         super().__init__(verify=tls, trust_env=False)
         # httpx has no parameter for the network backend, so the pool is made anew with ours.
         self._pool = httpcore.ConnectionPool(
             ssl_context=tls,
             max_connections=1,
-            max_keepalive_connections=kept,
-            keepalive_expiry=_KEPT_SECONDS,
+            max_keepalive_connections=0,
             network_backend=backend,
         )
 
 
 class _Transports:
-    """Transports for one request at a time each, by provider; the one that was used last is the warmest.
+    """Transports for one request at a time each, never more than the bulkhead lets requests through at once.
 
     One pool for all would walk all of its connections, under a lock, at the start and the end of each request.
-    There are never more than the bulkhead lets requests through at once.
     """
 
-    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext, *, kept: int) -> None:
-        self._make = partial(_GuardedTransport, backend, tls, kept=kept)
+    def __init__(self, backend: _GuardedBackend, tls: ssl.SSLContext) -> None:
+        self._make = partial(_GuardedTransport, backend, tls)
         # Taken from and returned to the end; list operations are atomic.
-        self._idle: defaultdict[str, list[_GuardedTransport]] = defaultdict(list)
+        self._idle: list[_GuardedTransport] = []
 
-    def send(self, provider_id: str, request: httpx.Request) -> Answer:
+    def send(self, request: httpx.Request) -> Answer:
         """Send a request and read the whole answer."""
-        idle = self._idle[provider_id]
         try:
-            transport = idle.pop()
+            transport = self._idle.pop()
         except IndexError:
             transport = self._make()
         try:
             with contextlib.closing(transport.handle_request(request)) as response:
                 return Answer(response.status_code, _read(response))
         finally:
-            idle.append(transport)
+            self._idle.append(transport)
 
     def close(self) -> None:
-        for transport in itertools.chain.from_iterable(self._idle.values()):
+        for transport in self._idle:
             transport.close()
 
 
@@ -309,9 +302,7 @@ class Outbound:
         # Transports and no client: they know no redirects, no cookies that could travel with another
         # user's request, and no environment; and a request takes them half of the time.
         tls = _tls(ca_file)
-        # On a kept connection, a request that fails may or may not have been seen.
-        self._fresh = _Transports(self._backend, tls, kept=0)
-        self._keeping = _Transports(self._backend, tls, kept=1)
+        self._transports = _Transports(self._backend, tls)
 
     def request(
         self,
@@ -323,12 +314,8 @@ class Outbound:
         headers: Mapping[str, str] | None = None,
         form: Mapping[str, str] | None = None,
         query: Mapping[str, str] | None = None,
-        repeatable: bool = False,
     ) -> Answer:
         """Send one request and read its whole answer, whatever its status.
-
-        A `repeatable` one may use a connection that was kept from an earlier request; when that turns out to
-        be dead, it is sent again on a new one.
 
         Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable (not HTTP, too), ProviderTimeout,
         or ProviderMalformed (an answer that is too large or does not decode).
@@ -344,23 +331,12 @@ class Outbound:
                     data=form,
                     extensions={"timeout": timeout.as_dict()},
                 )
-                send = self._send_on_kept if repeatable else self._fresh.send
-                return send(provider_id, request)
+                return self._transports.send(request)
         finally:
             _deadline.reset(token)
 
-    def _send_on_kept(self, provider_id: str, request: httpx.Request) -> Answer:
-        _under_way.set(False)
-        try:
-            return self._keeping.send(provider_id, request)
-        except (httpx.NetworkError, httpx.RemoteProtocolError):
-            if _under_way.get():
-                raise
-        return self._fresh.send(provider_id, request)
-
     def close(self) -> None:
-        self._fresh.close()
-        self._keeping.close()
+        self._transports.close()
         self._backend.close()
 
 

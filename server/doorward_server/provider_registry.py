@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import peewee
+from pydantic import ValidationError
 
 from doorward_server.clock import Clock
 from doorward_server.crypto import KeyRing, Place
@@ -64,6 +65,11 @@ class ProviderRegistry:
     def add(self, provider: Provider) -> None:
         """Keep a provider, its secret sealed."""
         self.check_free(provider)
+        if linked := self._count_linked(provider.id):
+            raise OperatorError(
+                f"{linked} of the users' identities are at an earlier provider {provider.id}, and would be taken for "
+                f"accounts at this one: choose another id, or remove them by `provider remove {provider.id} --unlink`"
+            )
         settings = provider.model_dump(
             mode="json", exclude={"client_secret", "client_secret_file"}, exclude_defaults=True
         )
@@ -87,22 +93,31 @@ class ProviderRegistry:
         with self.database.writing():
             if Connection.select().where(Connection.provider == provider_id).exists():
                 raise OperatorError(f"users are connected to the provider {provider_id}: they have to disconnect first")
-            linked = OAuthIdentity.select().where(OAuthIdentity.provider == provider_id).count()
+            linked = self._count_linked(provider_id)
             if linked and not unlink:
                 raise OperatorError(
                     f"{linked} of the users' identities are at the provider {provider_id}: "
                     "give --unlink to remove these, too"
                 )
             OAuthIdentity.delete().where(OAuthIdentity.provider == provider_id).execute()
-            if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute():
+            if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute() and not linked:
                 raise ProviderNotFound
+
+    def _count_linked(self, provider_id: str) -> int:
+        return int(OAuthIdentity.select().where(OAuthIdentity.provider == provider_id).count())
 
 
 @lru_cache(maxsize=256)
 def _open(keys: KeyRing, row_id: int, settings: str, client_secret: bytes | None) -> Provider:
     """The provider of a row. The whole row is the cache's key, so a change is seen at once."""
     secret = {"client_secret": keys.open(client_secret, _secret_of(row_id))} if client_secret else {}
-    return Provider.model_validate({**json.loads(settings), **secret})
+    try:
+        return Provider.model_validate({**json.loads(settings), **secret})
+    except ValidationError:
+        raise OperatorError(
+            f"a provider that was added by an earlier version of Doorward is not valid for this one ({settings}): "
+            "remove it, and add it anew"
+        ) from None
 
 
 def _secret_of(row_id: int) -> Place:

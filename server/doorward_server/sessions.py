@@ -1,5 +1,6 @@
 """Sessions: what a browser's cookie stands for. Imports `users`, `models` and below."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -33,16 +34,16 @@ class Sessions:
     clock: Clock
     lifetime: timedelta
 
-    def create(self, user: User, replacing: str | None = None) -> tuple[Session, str]:
+    def create(self, user: User, replacing: Sequence[str] = ()) -> tuple[Session, str]:
         """Start a session; returns it and the cookie's value, which is stored nowhere. Raises UserNotFound.
 
-        `replacing` is a cookie's value, whose session ends in the same step.
+        `replacing` are cookies' values, whose sessions end in the same step.
         """
         cookie, now = make_secret(), self.clock.now()
         try:
             with self.database.writing():
                 if replacing:
-                    Session.delete().where(Session.token_hash == fingerprint(replacing)).execute()
+                    Session.delete().where(Session.token_hash.in_([*map(fingerprint, replacing)])).execute()
                 session = Session.create(
                     user=user,
                     token_hash=fingerprint(cookie),

@@ -1,5 +1,6 @@
 """Users: the people whose connections, identities and keys hang together. Imports `models` and below."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import peewee
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 from slugify import slugify
 
@@ -29,6 +30,7 @@ from doorward_server.models import User
 ME = "me"
 _BY_ID, _BY_SLUG = User.select_sql("WHERE id = ?"), User.select_sql("WHERE slug = ?")
 _LONGEST_NAME = 100
+_LARGEST_CONCEPTS = 32 << 10
 _LARGEST_ID = 2**63 - 1
 # What must hold of every deliverable address (RFC 5321, section 4.5.3.1.3); the rest only mail can tell.
 _EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}@[^\s@\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}")
@@ -161,6 +163,13 @@ def _moment(value: object) -> object:
         raise ValueError("it is out of range") from None
 
 
+def _of_bearable_size(value: dict[str, Any]) -> dict[str, Any]:
+    """It stands in every answer that shows the user."""
+    if len(json.dumps(value, ensure_ascii=False).encode()) > _LARGEST_CONCEPTS:
+        raise ValueError("it is too large")
+    return value
+
+
 class _Term(_Document):
     active: bool = False
     ends_at: Annotated[datetime | None, BeforeValidator(_moment)] = Field(None, alias="ends")
@@ -169,7 +178,7 @@ class _Term(_Document):
 class _Stats(_Document):
     games_completed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**31)] = 0
     play_time: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    concepts: dict[str, Any] = {}
+    concepts: Annotated[dict[str, Any], AfterValidator(_of_bearable_size)] = {}
 
 
 class _Profile(_Document):

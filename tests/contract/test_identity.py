@@ -1237,16 +1237,42 @@ def test_unlink_by_odd_ids(stack: Stack, client: Client, user: Person, subject: 
     assert read_user(answer)["oAuthIdentities"] == []
 
 
-@pytest.mark.parametrize("subject", [".", ".."])
-def test_unlink_by_ids_that_are_dots(stack: Stack, client: Client, user: Person, subject: str) -> None:
+@pytest.mark.parametrize("subject", [".", "..", "...", " ", " . ", "a\u202eb", "a\u200bb", "a\nb", "a\x9bb"], ids=ascii)
+def test_ids_that_no_path_could_name_or_nobody_could_see(
+    stack: Stack, client: Client, user: Person, subject: str
+) -> None:
     """A URL's dot segments are resolved before anyone sees them (RFC 3986, section 5.2.4), encoded ones, too."""
     stack.provider.fault("lookup", "status", status=200, body=json.dumps({"id": subject}))
-    assert link(stack, client, user, accessToken="any-token").status_code == 200
-    for path in (subject, subject.replace(".", "%2E")):
-        assert_error(unlink(stack, client, user, "sandbox", path), 404, "NO_SUCH_ROUTE")
-    assert get_user(stack, client, user)["oAuthIdentities"] == [identity(subject)]
+    assert_error(link(stack, client, user, accessToken="any-token"), 400, "LOOKUP_WITHOUT_ID")
+    assert get_user(stack, client, user)["oAuthIdentities"] == []
+
+
+def test_the_largest_user(stack: Stack, client: Client, user: Person) -> None:
+    """With 50 identities and all concepts there may be, every answer still goes through; and there is no 51st."""
     with stack.app.database.writing():
-        OAuthIdentity.delete().where(OAuthIdentity.user == user.id).execute()
+        for number in range(49):
+            subject = f"{user.id}-{number}-".ljust(255, "🎉")
+            OAuthIdentity.create(user=user.id, provider="sandbox", subject=subject, created_at=stack.app.clock.now())
+    concepts = {"x": "🎉" * (32 * 1024 // 4 - 3)}
+    changed = rest(
+        stack, "PATCH", f"/api/users/{user.id}", headers=client.headers, json={"stats": {"concepts": concepts}}
+    )
+    assert len(changed.content) > 65536
+    assert read_user(changed)["stats"]["concepts"] == concepts
+    account = f"last-of-{user.id}"
+    assert link(stack, client, user, accessToken=token_of(stack, account)).status_code == 200
+    assert len(get_user(stack, client, user)["oAuthIdentities"]) == 50
+    assert link(stack, client, user, accessToken=token_of(stack, account)).status_code == 200
+    answer = link(stack, client, user, accessToken=token_of(stack, f"one-more-of-{user.id}"))
+    assert_error(answer, 400, "TOO_MANY_IDENTITIES")
+    assert len(get_user(stack, client, user)["oAuthIdentities"]) == 50
+
+
+def test_concepts_that_are_too_large(stack: Stack, client: Client, user: Person) -> None:
+    body = {"role": "teacher", "stats": {"concepts": {"x": "y" * 32 * 1024}}}
+    answer = rest(stack, "PATCH", f"/api/users/{user.id}", headers=client.headers, json=body)
+    assert_error(answer, 400, "INVALID_FIELD", {"field": "stats.concepts"})
+    assert get_user(stack, client, user)["role"] == ""
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ _TOKEN = f"{_INTEGRATION}/GetAccessToken"
 
 # The number of each code in use (google/rpc/code.proto); the gateway's tests map each to its HTTP status.
 CODES = {
+    "CANCELLED": 1,
     "INVALID_ARGUMENT": 3,
     "DEADLINE_EXCEEDED": 4,
     "NOT_FOUND": 5,
@@ -97,6 +98,8 @@ ERRORS: dict[type[CallError], tuple[str, str]] = {
     errors.ProviderTimeout: ("DEADLINE_EXCEEDED", "PROVIDER_TIMEOUT"),
     ConnectTimeout: ("DEADLINE_EXCEEDED", "PROVIDER_TIMEOUT"),
     errors.Internal: ("INTERNAL", "INTERNAL"),
+    errors.Cancelled: ("CANCELLED", "CANCELLED"),
+    errors.TooManyIdentities: ("FAILED_PRECONDITION", "TOO_MANY_IDENTITIES"),
 }
 # What HTTP callers see beside the answer, of errors with the metadata `{"error": ..., "retry_after": "17"}`.
 HEADERS: dict[type[CallError], tuple[str, str]] = {

@@ -27,25 +27,14 @@ def add_until_refused(limit: FailureLimit, caller: tuple[str, str] = CALLER, mos
 def test_so_many_failures_are_let_pass(clock: StoppedClock, per_minute: int) -> None:
     limit = FailureLimit(per_minute, clock)
     for _ in range(per_minute):
-        limit.check(*CALLER)
         limit.add(*CALLER)
     with pytest.raises(TooManyFailures):
-        limit.check(*CALLER)
-    with pytest.raises(TooManyFailures):
         limit.add(*CALLER)
-
-
-def test_to_ask_counts_nothing(clock: StoppedClock) -> None:
-    limit = FailureLimit(1, clock)
-    for _ in range(10):
-        limit.check(*CALLER)
-    limit.add(*CALLER)
 
 
 def test_zero_is_no_limit(clock: StoppedClock) -> None:
     limit = FailureLimit(0, clock)
     assert add_until_refused(limit, most=1000) == 1000
-    limit.check(*CALLER)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +46,9 @@ def test_when_to_try_again(clock: StoppedClock, later: float, retry_after: str) 
     limit = FailureLimit(1, clock)
     limit.add(*CALLER)
     clock.advance(timedelta(seconds=later))
-    for refused in (limit.check, limit.add):
-        with pytest.raises(TooManyFailures) as refusal:
-            refused(*CALLER)
-        assert refusal.value.metadata == {"retry_after": retry_after}
+    with pytest.raises(TooManyFailures) as refusal:
+        limit.add(*CALLER)
+    assert refusal.value.metadata == {"retry_after": retry_after}
 
 
 def test_the_minute_begins_with_the_first_failure(clock: StoppedClock) -> None:
@@ -70,9 +58,8 @@ def test_the_minute_begins_with_the_first_failure(clock: StoppedClock) -> None:
         add_until_refused(limit, most=1)
         clock.advance(timedelta(seconds=14.9))
     with pytest.raises(TooManyFailures):
-        limit.check(*CALLER)
+        limit.add(*CALLER)
     clock.advance(timedelta(seconds=0.4))
-    limit.check(*CALLER)
     assert add_until_refused(limit) == 2
 
 
@@ -96,7 +83,6 @@ def test_after_the_minute_all_is_forgotten(clock: StoppedClock) -> None:
 def test_others_are_counted_apart(clock: StoppedClock, other: tuple[str, str]) -> None:
     limit = FailureLimit(2, clock)
     assert add_until_refused(limit) == 2
-    limit.check(*other)
     assert add_until_refused(limit, other) == 2
 
 
@@ -130,6 +116,6 @@ def test_a_crowd_of_callers_takes_bounded_memory(clock: StoppedClock) -> None:
     limit.add(*CALLER)
     for number in range(20_000):
         limit.add("", str(number))
-    limit.check(*CALLER)
+    limit.add(*CALLER)
     with pytest.raises(TooManyFailures):
-        limit.check("", "19999")
+        limit.add("", "19999")

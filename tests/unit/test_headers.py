@@ -12,7 +12,7 @@ from doorward_server.rpc.headers import (
     client_address,
     is_from_gateway,
     request_id_of,
-    session_cookie,
+    session_cookies,
     text_of,
 )
 
@@ -94,38 +94,38 @@ def test_bearer_token(header: str, token: str | None) -> None:
 
 
 def test_without_the_header_there_is_nothing() -> None:
-    assert (basic_credentials({}), bearer_token({}), session_cookie({})) == (None, None, None)
+    assert (basic_credentials({}), bearer_token({}), [*session_cookies({})]) == (None, None, [])
 
 
 # Cookies
 
 
 @pytest.mark.parametrize(
-    ("header", "value"),
+    ("header", "values"),
     [
-        pytest.param("doorward_session=abc", "abc", id="alone"),
-        pytest.param("a=1; doorward_session=abc; b=2", "abc", id="among others"),
-        pytest.param("a=1;doorward_session=abc;b=2", "abc", id="without blanks"),
-        pytest.param("  doorward_session=abc  ", "abc", id="blanks around"),
-        pytest.param('doorward_session="abc"', "abc", id="quoted"),
-        pytest.param("doorward_session=a=b==", "a=b==", id="equals signs in it"),
-        pytest.param("doorward_session=", "", id="empty"),
-        pytest.param("doorward_session", "", id="no equals sign"),
-        pytest.param("doorward_session=first; doorward_session=second", "first", id="twice"),
-        pytest.param("doorward_session=; doorward_session=second", "", id="the empty one first"),
-        pytest.param("xdoorward_session=abc", None, id="longer name"),
-        pytest.param("doorward_session2=abc", None, id="another name"),
-        pytest.param("Doorward_Session=abc", None, id="capitals"),
-        pytest.param("a=doorward_session=abc", None, id="in another's value"),
-        pytest.param("doorward_session =abc", None, id="blank before the equals sign"),
-        pytest.param("a=1, doorward_session=abc", None, id="comma"),
-        pytest.param("", None, id="nothing"),
-        pytest.param(";;;", None, id="separators alone"),
+        pytest.param("doorward_session=abc", ["abc"], id="alone"),
+        pytest.param("a=1; doorward_session=abc; b=2", ["abc"], id="among others"),
+        pytest.param("a=1;doorward_session=abc;b=2", ["abc"], id="without blanks"),
+        pytest.param("  doorward_session=abc  ", ["abc"], id="blanks around"),
+        pytest.param('doorward_session="abc"', ["abc"], id="quoted"),
+        pytest.param("doorward_session=a=b==", ["a=b=="], id="equals signs in it"),
+        pytest.param("doorward_session=", [""], id="empty"),
+        pytest.param("doorward_session", [""], id="no equals sign"),
+        pytest.param("doorward_session=first; doorward_session=second", ["first", "second"], id="twice"),
+        pytest.param("doorward_session=; doorward_session=second", ["", "second"], id="the empty one first"),
+        pytest.param("xdoorward_session=abc", [], id="longer name"),
+        pytest.param("doorward_session2=abc", [], id="another name"),
+        pytest.param("Doorward_Session=abc", [], id="capitals"),
+        pytest.param("a=doorward_session=abc", [], id="in another's value"),
+        pytest.param("doorward_session =abc", [], id="blank before the equals sign"),
+        pytest.param("a=1, doorward_session=abc", [], id="comma"),
+        pytest.param("", [], id="nothing"),
+        pytest.param(";;;", [], id="separators alone"),
     ],
 )
-def test_session_cookie(header: str, value: str | None) -> None:
-    assert session_cookie({"cookie": header}) == value
-    assert session_cookie({"set-cookie": header}) is None
+def test_session_cookies(header: str, values: list[str]) -> None:
+    assert [*session_cookies({"cookie": header})] == values
+    assert [*session_cookies({"set-cookie": header})] == []
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,9 @@ def test_is_from_gateway(peer: str, gateway: bool) -> None:
     ("peer", "said", "address"),
     [
         pytest.param(SOCKET, "203.0.113.9", "203.0.113.9", id="as the gateway says"),
-        pytest.param(SOCKET, "2001:db8::1", "2001:db8::1", id="IPv6, as the gateway says"),
+        pytest.param(SOCKET, "2001:db8::1", "2001:db8::/64", id="IPv6, as the gateway says"),
+        pytest.param(SOCKET, "2001:db8::ffff:1", "2001:db8::/64", id="its neighbour"),
+        pytest.param(SOCKET, "2001:db8:0:1::1", "2001:db8:0:1::/64", id="another subscriber"),
         pytest.param(SOCKET, None, "", id="the gateway says nothing"),
         pytest.param(TCP, None, "ipv4:192.0.2.7", id="who is connected"),
         pytest.param(TCP, "203.0.113.9", "ipv4:192.0.2.7", id="what others say does not count"),

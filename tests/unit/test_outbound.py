@@ -258,6 +258,21 @@ def test_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert b"authorization" not in seen[0].lower()
 
 
+def test_what_a_peer_sends_in_advance_answers_nobody() -> None:
+    """Else a second answer on a kept connection would be taken for that to the next user's request."""
+
+    def answer_twice(connection: socket.socket, _: threading.Event) -> None:
+        read_request(connection)
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"
+        connection.sendall(answer + b"mine" + answer + b"evil")
+        with contextlib.suppress(OSError):
+            connection.recv(1)
+
+    with Peer(answer_twice) as peer, make_outbound(peer.address) as outbound:
+        assert [get(outbound, peer.url).body for _ in range(3)] == [b"mine"] * 3
+        assert peer.connections == 3
+
+
 def test_a_redirect_is_an_answer() -> None:
     with Peer(answering()) as elsewhere:
         location = f"Location: {elsewhere.url}/"

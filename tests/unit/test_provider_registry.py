@@ -213,9 +213,14 @@ def test_a_provider_that_users_are_connected_to_stays(registry: Registry, user_i
     assert links(registry()) == [("flo", "7")]
 
 
-def test_identities_at_an_unknown_provider_stay(registry: Registry, user_id: int) -> None:
+def test_identities_of_an_earlier_provider_are_nobody_s_at_a_later_one(registry: Registry, user_id: int) -> None:
     """Of a section that the operator has taken out of the settings file, and may put back."""
     link(registry(), user_id, "login")
+    with pytest.raises(OperatorError, match="1 of the users' identities are at an earlier provider login"):
+        registry().add(identity("login"))
+    assert registry().list() == []
+    registry().remove("login", unlink=True)
+    assert links(registry()) == []
+    registry().add(identity("login"))
     with pytest.raises(ProviderNotFound):
-        registry().remove("login", unlink=True)
-    assert links(registry()) == [("login", "7")]
+        registry().remove("unknown", unlink=True)

@@ -42,7 +42,7 @@ def rotate(
     ] = 24,
     as_json: Json = False,
 ) -> None:
-    """Make a new secret and print it; it is shown only this once. At most two secrets are valid at once."""
+    """Make a new secret and print it; it is shown only this once. The one before the last ends at once."""
     app = app_of(ctx)
     overlap = timedelta(hours=overlap_hours)
     secret = app.clients.rotate(client_id, overlap)

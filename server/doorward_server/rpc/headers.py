@@ -6,9 +6,10 @@ overwrites what others could forge, and only the gateway reaches the Unix socket
 
 import base64
 import binascii
+import ipaddress
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,10 +46,14 @@ def request_id_of(metadata: RequestMetadata) -> str:
 
 
 def client_address(metadata: RequestMetadata, peer: str) -> str:
-    """The address that a call comes from: what the gateway says of its client, or who is connected."""
-    if is_from_gateway(peer):
-        return text_of(metadata.get("x-envoy-external-address"))
-    return peer.rpartition(":")[0]
+    """The address that a call comes from: what the gateway says of its client, or who is connected.
+
+    Of an IPv6 address it is the /64, which one subscriber has to itself (RFC 6177).
+    """
+    if not is_from_gateway(peer):
+        return peer.rpartition(":")[0]
+    address = text_of(metadata.get("x-envoy-external-address"))
+    return str(ipaddress.IPv6Network((address, 64), strict=False)) if ":" in address else address
 
 
 def bearer_token(metadata: RequestMetadata) -> str | None:
@@ -69,13 +74,12 @@ def basic_credentials(metadata: RequestMetadata) -> tuple[str, str] | None:
     return (user, password) if colon else None
 
 
-def session_cookie(metadata: RequestMetadata) -> str | None:
-    """The value of our cookie in a Cookie header (RFC 6265, section 4.2.1); the first one counts."""
+def session_cookies(metadata: RequestMetadata) -> Iterator[str]:
+    """The values of our cookie in a Cookie header (RFC 6265, section 4.2.1); the first one counts."""
     for pair in text_of(metadata.get("cookie")).split(";"):
         name, _, value = pair.strip().partition("=")
         if name == COOKIE:
-            return value.strip('"')
-    return None
+            yield value.strip('"')
 
 
 def text_of(value: str | bytes | None) -> str:

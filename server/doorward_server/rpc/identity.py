@@ -16,7 +16,7 @@ from doorward_server.accounts import Accounts
 from doorward_server.clients import Client
 from doorward_server.errors import MalformedRequest
 from doorward_server.identities import Identities, Profile, Proof
-from doorward_server.rpc.headers import SetCookie, client_address, is_from_gateway, read_metadata, session_cookie
+from doorward_server.rpc.headers import SetCookie, client_address, read_metadata, session_cookies
 from doorward_server.rpc.policy import current_caller
 from doorward_server.sessions import Sessions, SessionUser
 from doorward_server.users import Users
@@ -58,10 +58,11 @@ class IdentityServicer(stubs.IdentityServiceServicer):
             _proof(request),
             client_id=caller.client_id if isinstance(caller, Client) else None,
             address=client_address(metadata, context.peer()),
-            replacing=session_cookie(metadata) if is_from_gateway(context.peer()) else None,
+            replacing=tuple(session_cookies(metadata)),
         )
+        answer = _user(profile)
         context.send_initial_metadata((self.set_cookie.keep(cookie),))
-        return _user(profile)
+        return answer
 
     def LogOut(self, request: pb.LogOutRequest, context: grpc.ServicerContext) -> pb.LogOutResponse:
         self.sessions.log_out(_session())

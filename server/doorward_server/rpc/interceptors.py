@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from doorward_server.clients import ApiClients, Client
-from doorward_server.errors import CallError, Internal, MalformedRequest
+from doorward_server.errors import CallError, Cancelled, Internal, MalformedRequest
 from doorward_server.failures import FailureLimit
 from doorward_server.logs import Log, describe
 from doorward_server.rpc.headers import (
@@ -26,13 +26,15 @@ from doorward_server.rpc.headers import (
     is_from_gateway,
     read_metadata,
     request_id_of,
-    session_cookie,
+    session_cookies,
     text_of,
 )
 from doorward_server.rpc.policy import Caller, Credentials, Policy, current_caller
 from doorward_server.rpc.status import Metadata, status_code, trailing_metadata
 from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions, SessionUser
+
+_LONGEST_ID = 32
 
 
 class Authenticator:
@@ -55,13 +57,20 @@ class Authenticator:
         if not is_from_gateway(peer):
             token = bearer_token(metadata)
             caller = self._service_tokens.find(token) if token is not None else None
-            return Credentials(caller, has_cookie=False, has_authorization="authorization" in metadata, origin=None)
-        cookie = session_cookie(metadata)
+            return Credentials(
+                caller,
+                has_cookie=False,
+                has_authorization="authorization" in metadata,
+                origin=None,
+                by_gateway=False,
+            )
+        cookie = next(session_cookies(metadata), None)
         return Credentials(
             caller=self._find_client(metadata, peer) if policy.knows_clients else self._find_session(cookie),
             has_cookie=cookie is not None,
             has_authorization="authorization" in metadata,
             origin=text_of(metadata["origin"]) if "origin" in metadata else None,
+            by_gateway=True,
         )
 
     def _find_session(self, cookie: str | None) -> SessionUser | None:
@@ -73,7 +82,9 @@ class Authenticator:
         pair = basic_credentials(metadata)
         client = self._clients.find(*pair) if pair else None
         if client is None:
-            self._failures.add(pair[0] if pair else "", client_address(metadata, peer))
+            # No id of ours is longer; whoever sends such gets one count for all of them.
+            client_id = pair[0] if pair and len(pair[0]) <= _LONGEST_ID else ""
+            self._failures.add(client_id, client_address(metadata, peer))
         return client
 
 
@@ -167,7 +178,7 @@ class _Call:
             credentials = self._authenticator.credentials(self._policy, peer, metadata)
             caller = credentials.caller
             self._policy.authenticate(credentials)
-            request = next(requests, b"")
+            request = _receive(requests)
             message = self._parse_message(request)
             self._policy.authorise(caller, message, self._authenticator.slug_of)
             if b"\0" in request and _holds_nul(message):
@@ -207,6 +218,14 @@ class _Call:
             caller=_name(caller),
             request_id=request_id,
         )
+
+
+def _receive(requests: Iterator[bytes]) -> bytes:
+    """The message, or an empty one when the caller sends none."""
+    try:
+        return next(requests, b"")
+    except grpc.RpcError:
+        raise Cancelled from None
 
 
 def _name(caller: Caller | None) -> str | None:

@@ -47,12 +47,14 @@ class Credentials(NamedTuple):
     """What a call came with, already looked up.
 
     `has_cookie` and `has_authorization` tell what was presented, `caller` what it proved to be.
+    `by_gateway`: the call came over the gateway's socket and not over the TCP port.
     """
 
     caller: Caller | None
     has_cookie: bool
     has_authorization: bool
     origin: str | None
+    by_gateway: bool
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Policy:
             return
         if _ANYONE not in self.callers or credentials.has_authorization:
             raise NoApiClient
+        if not credentials.by_gateway:
+            # Else anybody could hold the port's threads, by messages that never come.
+            raise ServiceTokenRequired
 
     def _require_service(self, credentials: Credentials) -> None:
         caller = credentials.caller

@@ -96,7 +96,7 @@ class UpdateUserRequest(_message.Message):
     @_builtins.property
     def stats(self) -> _struct_pb2.Value:
         """`{"gamesCompleted": number, "playTime": number, "concepts": object}`; the
-        object replaces the one before.
+        object, of at most 32 KiB, replaces the one before.
         """
 
     def __init__(

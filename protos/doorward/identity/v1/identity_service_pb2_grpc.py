@@ -173,7 +173,8 @@ class IdentityServiceServicer:
         gave no access token), `LOOKUP_REJECTED` (the lookup answered 4xx),
         `LOOKUP_WITHOUT_ID` (its answer holds no id at the configured place).
         NOT_FOUND `PROVIDER_NOT_FOUND`. ALREADY_EXISTS `IDENTITY_TAKEN` (it is
-        another user's, whoever's client created that one).
+        another user's, whoever's client created that one). FAILED_PRECONDITION
+        `TOO_MANY_IDENTITIES` (a user has at most 50).
         UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
         DEADLINE_EXCEEDED `PROVIDER_TIMEOUT`.
         """
@@ -200,8 +201,9 @@ class IdentityServiceServicer:
         Errors as of AddOAuthIdentity, but for IDENTITY_TAKEN; NOT_FOUND
         `NO_SUCH_IDENTITY`; PERMISSION_DENIED `NOT_YOUR_USER`, `ORIGIN_NOT_ALLOWED`
         (from a page of another origin). Failures of one address, or of one API
-        client at one address, are counted: RESOURCE_EXHAUSTED `TOO_MANY_FAILURES`,
-        with `retry-after` in seconds.
+        client at one address, are counted; one too many is RESOURCE_EXHAUSTED
+        `TOO_MANY_FAILURES`, with `retry-after` in seconds. Through the gateway only:
+        else PERMISSION_DENIED `SERVICE_TOKEN_REQUIRED`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -83,7 +83,8 @@ class IdentityServiceStub:
     gave no access token), `LOOKUP_REJECTED` (the lookup answered 4xx),
     `LOOKUP_WITHOUT_ID` (its answer holds no id at the configured place).
     NOT_FOUND `PROVIDER_NOT_FOUND`. ALREADY_EXISTS `IDENTITY_TAKEN` (it is
-    another user's, whoever's client created that one).
+    another user's, whoever's client created that one). FAILED_PRECONDITION
+    `TOO_MANY_IDENTITIES` (a user has at most 50).
     UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
     DEADLINE_EXCEEDED `PROVIDER_TIMEOUT`.
     """
@@ -102,8 +103,9 @@ class IdentityServiceStub:
     Errors as of AddOAuthIdentity, but for IDENTITY_TAKEN; NOT_FOUND
     `NO_SUCH_IDENTITY`; PERMISSION_DENIED `NOT_YOUR_USER`, `ORIGIN_NOT_ALLOWED`
     (from a page of another origin). Failures of one address, or of one API
-    client at one address, are counted: RESOURCE_EXHAUSTED `TOO_MANY_FAILURES`,
-    with `retry-after` in seconds.
+    client at one address, are counted; one too many is RESOURCE_EXHAUSTED
+    `TOO_MANY_FAILURES`, with `retry-after` in seconds. Through the gateway only:
+    else PERMISSION_DENIED `SERVICE_TOKEN_REQUIRED`.
     """
     LogOut: _grpc.UnaryUnaryMultiCallable[_identity_service_pb2.LogOutRequest, _identity_service_pb2.LogOutResponse]
     """Ends the session that the call came with, and takes the cookie back.
@@ -176,7 +178,8 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     gave no access token), `LOOKUP_REJECTED` (the lookup answered 4xx),
     `LOOKUP_WITHOUT_ID` (its answer holds no id at the configured place).
     NOT_FOUND `PROVIDER_NOT_FOUND`. ALREADY_EXISTS `IDENTITY_TAKEN` (it is
-    another user's, whoever's client created that one).
+    another user's, whoever's client created that one). FAILED_PRECONDITION
+    `TOO_MANY_IDENTITIES` (a user has at most 50).
     UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
     DEADLINE_EXCEEDED `PROVIDER_TIMEOUT`.
     """
@@ -195,8 +198,9 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     Errors as of AddOAuthIdentity, but for IDENTITY_TAKEN; NOT_FOUND
     `NO_SUCH_IDENTITY`; PERMISSION_DENIED `NOT_YOUR_USER`, `ORIGIN_NOT_ALLOWED`
     (from a page of another origin). Failures of one address, or of one API
-    client at one address, are counted: RESOURCE_EXHAUSTED `TOO_MANY_FAILURES`,
-    with `retry-after` in seconds.
+    client at one address, are counted; one too many is RESOURCE_EXHAUSTED
+    `TOO_MANY_FAILURES`, with `retry-after` in seconds. Through the gateway only:
+    else PERMISSION_DENIED `SERVICE_TOKEN_REQUIRED`.
     """
     LogOut: _aio.UnaryUnaryMultiCallable[_identity_service_pb2.LogOutRequest, _identity_service_pb2.LogOutResponse]  # type: ignore[assignment]
     """Ends the session that the call came with, and takes the cookie back.
@@ -296,7 +300,8 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         gave no access token), `LOOKUP_REJECTED` (the lookup answered 4xx),
         `LOOKUP_WITHOUT_ID` (its answer holds no id at the configured place).
         NOT_FOUND `PROVIDER_NOT_FOUND`. ALREADY_EXISTS `IDENTITY_TAKEN` (it is
-        another user's, whoever's client created that one).
+        another user's, whoever's client created that one). FAILED_PRECONDITION
+        `TOO_MANY_IDENTITIES` (a user has at most 50).
         UNAVAILABLE `PROVIDER_UNAVAILABLE`, `PROVIDER_MALFORMED`, `BUSY`.
         DEADLINE_EXCEEDED `PROVIDER_TIMEOUT`.
         """
@@ -327,8 +332,9 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors as of AddOAuthIdentity, but for IDENTITY_TAKEN; NOT_FOUND
         `NO_SUCH_IDENTITY`; PERMISSION_DENIED `NOT_YOUR_USER`, `ORIGIN_NOT_ALLOWED`
         (from a page of another origin). Failures of one address, or of one API
-        client at one address, are counted: RESOURCE_EXHAUSTED `TOO_MANY_FAILURES`,
-        with `retry-after` in seconds.
+        client at one address, are counted; one too many is RESOURCE_EXHAUSTED
+        `TOO_MANY_FAILURES`, with `retry-after` in seconds. Through the gateway only:
+        else PERMISSION_DENIED `SERVICE_TOKEN_REQUIRED`.
         """
 
     @_abc_1.abstractmethod
