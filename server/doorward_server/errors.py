@@ -7,18 +7,21 @@
         ├── InvalidArgument           MalformedRequest, UnknownKaiType, CodeRequired, CodeRejected,
         │                             InvalidMinTtl, InvalidName, InvalidEmail, InvalidField,
         │                             ProviderRequired, TokenOrCodeRequired, TokenOrCodeTooLong,
-        │                             ProviderHasNoTokenUrl, LookupRejected, LookupWithoutId
-        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected, TooManyIdentities
+        │                             ProviderHasNoTokenUrl, LookupRejected, LookupWithoutId,
+        │                             InvalidService, InvalidLabel, InvalidKey, KeyRejected, InvalidUserId
+        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected, TooManyIdentities, TooManyKeys
         ├── Unauthenticated           NoSession, NoServiceToken, NoApiClient
         ├── PermissionDenied          SessionRequired, NotSelf, OriginNotAllowed, ServiceTokenRequired,
         │                             RoleRequired, NotYourUser
         ├── NotFound                  NoConnection, UserNotFound, SessionNotFound, ServiceTokenNotFound,
-        │                             ApiClientNotFound, ProviderNotFound, IdentityNotFound, NoSuchIdentity
-        ├── AlreadyExists             SlugTaken, EmailTaken, IdentityTaken
+        │                             ApiClientNotFound, ProviderNotFound, IdentityNotFound, NoSuchIdentity,
+        │                             KeyNotFound, ApplicationNotFound, ConsentRequestNotFound, GrantNotFound,
+        │                             DeliveryNotFound
+        ├── AlreadyExists             SlugTaken, EmailTaken, IdentityTaken, KeyExists
         ├── ResourceExhausted         TooManyFailures
         ├── Cancelled                 the caller has left
         ├── Aborted                   NotConnected, CodeAlreadyUsed
-        ├── Unavailable               ProviderUnavailable, ProviderMalformed, Busy, StorageUnavailable
+        ├── Unavailable               ServiceUnavailable, ProviderUnavailable, ProviderMalformed, Busy, StorageUnavailable
         ├── DeadlineExceeded          ProviderTimeout
         └── Internal                  anything unexpected
 
@@ -135,6 +138,31 @@ class LookupWithoutId(InvalidArgument):
     message = "the provider's lookup gave no id"
 
 
+class InvalidService(InvalidArgument):
+    reason = "INVALID_SERVICE"
+    message = "the service has to be 1 to 40 of a-z, 0-9, `-` and `_`"
+
+
+class InvalidLabel(InvalidArgument):
+    reason = "INVALID_LABEL"
+    message = "the label has to be 1 to 80 printable characters"
+
+
+class InvalidKey(InvalidArgument):
+    reason = "INVALID_KEY"
+    message = "the key has to be 1 to 4096 printable characters without blanks"
+
+
+class KeyRejected(InvalidArgument):
+    reason = "KEY_REJECTED"
+    message = "the service does not accept this key"
+
+
+class InvalidUserId(InvalidArgument):
+    reason = "INVALID_USER_ID"
+    message = "the user id has to be a Discord snowflake"
+
+
 class FailedPrecondition(CallError):
     code = "FAILED_PRECONDITION"
 
@@ -152,6 +180,11 @@ class NeedsReauth(FailedPrecondition):
 class RefreshRejected(FailedPrecondition):
     reason = "REFRESH_REJECTED"
     message = "the provider refused to refresh the token; the connection is kept"
+
+
+class TooManyKeys(FailedPrecondition):
+    reason = "TOO_MANY_KEYS"
+    message = "there are 15 keys for this service, which is the most: remove one first"
 
 
 class TooManyIdentities(FailedPrecondition):
@@ -242,6 +275,31 @@ class ApiClientNotFound(NotFound):
     message = "there is no such API client"
 
 
+class KeyNotFound(NotFound):
+    reason = "KEY_NOT_FOUND"
+    message = "the user has no such key"
+
+
+class ApplicationNotFound(NotFound):
+    reason = "APPLICATION_NOT_FOUND"
+    message = "there is no such application"
+
+
+class ConsentRequestNotFound(NotFound):
+    reason = "CONSENT_REQUEST_NOT_FOUND"
+    message = "there is no such consent request"
+
+
+class GrantNotFound(NotFound):
+    reason = "GRANT_NOT_FOUND"
+    message = "the user has no such grant"
+
+
+class DeliveryNotFound(NotFound):
+    reason = "DELIVERY_NOT_FOUND"
+    message = "there is no such delivery"
+
+
 class ProviderNotFound(NotFound):
     reason = "PROVIDER_NOT_FOUND"
     message = "there is no such provider"
@@ -269,6 +327,11 @@ class SlugTaken(AlreadyExists):
 class EmailTaken(AlreadyExists):
     reason = "EMAIL_TAKEN"
     message = "another user has this e-mail address"
+
+
+class KeyExists(AlreadyExists):
+    reason = "KEY_EXISTS"
+    message = "the user has this key already"
 
 
 class IdentityTaken(AlreadyExists):
@@ -309,6 +372,11 @@ class Cancelled(CallError):
 
 class Unavailable(CallError):
     code = "UNAVAILABLE"
+
+
+class ServiceUnavailable(Unavailable):
+    reason = "SERVICE_UNAVAILABLE"
+    message = "the service cannot judge the key at the moment: try again later"
 
 
 class ProviderUnavailable(Unavailable):

@@ -158,6 +158,21 @@ class Session(peewee.Model):
         table_name = "sessions"
 
 
+class Application(peewee.Model):
+    """Whoever asks for users' keys, registered with the operator."""
+
+    id = peewee.TextField(primary_key=True)
+    name = peewee.TextField()
+    name_key = peewee.TextField()  # the same for names that look alike
+    callback_prefixes = JsonField()  # a list of URLs
+    callback_format = peewee.TextField()  # "form" or "json"
+    enabled = peewee.BooleanField()
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "applications"
+
+
 class ServiceToken(peewee.Model):
     """A program's credential on the gRPC port; stored as its fingerprint."""
 
@@ -168,6 +183,8 @@ class ServiceToken(peewee.Model):
     created_at = TimeField()
     expires_at = TimeField(null=True)
     last_used_at = TimeField(null=True)
+    application = peewee.ForeignKeyField(Application, null=True)  # whose it is, if it is an application's
+    application_id: str | None
 
     class Meta:
         table_name = "service_tokens"
@@ -229,6 +246,164 @@ class Job(peewee.Model):
         table_name = "jobs"
 
 
+class ApplicationSecret(peewee.Model):
+    """A credential of an application's, stored as its fingerprint; two are valid while one replaces the other."""
+
+    id = peewee.AutoField()
+    application = peewee.ForeignKeyField(Application)
+    secret_hash = peewee.BlobField()
+    created_at = TimeField()
+    expires_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "application_secrets"
+
+
+class SigningSecret(peewee.Model):
+    """What callbacks to an application are signed with; two are in use while one replaces the other."""
+
+    id = peewee.AutoField()
+    application = peewee.ForeignKeyField(Application)
+    secret = peewee.BlobField()  # sealed
+    created_at = TimeField()
+    expires_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "signing_secrets"
+
+
+class ApiKey(peewee.Model):
+    """A user's own key at some service."""
+
+    id = peewee.AutoField()
+    user = peewee.ForeignKeyField(User)
+    user_id: int
+    service = peewee.TextField()
+    label = peewee.TextField()
+    value = peewee.BlobField()  # sealed
+    account = peewee.TextField(null=True)  # what the service calls its owner, if a validator knows
+    permissions = JsonField()  # a list of texts
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "api_keys"
+
+
+class ConsentRequest(peewee.Model):
+    """An application's question for a user's keys.
+
+    Requests of one callback that are open together share one prompt: `prompt_id` is the id of the first.
+    """
+
+    id = peewee.AutoField()
+    prompt_id = peewee.IntegerField(null=True)
+    discord_user = peewee.TextField()
+    application = peewee.ForeignKeyField(Application, null=True)  # unset: a stranger, known by its callback
+    application_id: str | None
+    name = peewee.TextField()
+    callback = peewee.TextField()
+    state = peewee.TextField()
+    address = peewee.TextField()  # where it came from
+    status = peewee.TextField()
+    lease_epoch = peewee.IntegerField()
+    lease_expires_at = TimeField()
+    message = peewee.TextField(null=True)  # where the bot put the prompt
+    deadline_at = TimeField()
+    created_at = TimeField()
+    finished_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "consent_requests"
+
+
+class Grant(peewee.Model):
+    """That a user shares keys with whoever made a request."""
+
+    id = peewee.AutoField()
+    request = peewee.ForeignKeyField(ConsentRequest)
+    request_id: int
+    user = peewee.ForeignKeyField(User)
+    user_id: int
+    created_at = TimeField()
+    revoked_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "grants"
+
+
+class GrantKey(peewee.Model):
+    """A key of a grant, in the order of the user's choice."""
+
+    id = peewee.AutoField()
+    grant = peewee.ForeignKeyField(Grant)
+    key = peewee.ForeignKeyField(ApiKey)
+    key_id: int
+    position = peewee.IntegerField()
+
+    class Meta:
+        table_name = "grant_keys"
+
+
+class ApplicationBlock(peewee.Model):
+    """That a user wants no questions of an application: `app:ID`, or `callback:URL` for a stranger."""
+
+    id = peewee.AutoField()
+    user = peewee.ForeignKeyField(User)
+    application = peewee.TextField()
+    created_at = TimeField()
+
+    class Meta:
+        table_name = "application_blocks"
+
+
+class Delivery(peewee.Model):
+    """The outcome of a request, on its way to the callback."""
+
+    id = peewee.AutoField()
+    request = peewee.ForeignKeyField(ConsentRequest)
+    request_id: int
+    webhook_id = peewee.TextField()  # the same in every attempt
+    error = peewee.TextField(null=True)  # unset: keys
+    status = peewee.TextField()  # queued, sent or abandoned
+    carried_keys = peewee.BooleanField()  # an attempt with keys was made
+    attempts = peewee.IntegerField()
+    next_attempt_at = TimeField(null=True)
+    created_at = TimeField()
+    finished_at = TimeField(null=True)
+
+    class Meta:
+        table_name = "deliveries"
+
+
+class DeliveryAttempt(peewee.Model):
+    """One POST to a callback: its status, or why there was none."""
+
+    id = peewee.AutoField()
+    delivery = peewee.ForeignKeyField(Delivery)
+    started_at = TimeField()
+    milliseconds = peewee.IntegerField()
+    status = peewee.IntegerField(null=True)
+    error = peewee.TextField(null=True)
+
+    class Meta:
+        table_name = "delivery_attempts"
+
+
+class AuditEvent(peewee.Model):
+    """What somebody did, chained to the event before by its hash."""
+
+    id = peewee.AutoField()
+    at = TimeField()
+    actor = peewee.TextField()
+    action = peewee.TextField()
+    subject = peewee.TextField()
+    details = JsonField()
+    hash = peewee.BlobField()
+
+    class Meta:
+        table_name = "audit_events"
+
+
 class MasterKeyUse(peewee.Model):
     """The id of a master key that values in this database are sealed with."""
 
@@ -250,6 +425,17 @@ _MODELS = (
     Connection,
     CodeClaim,
     Job,
+    Application,
+    ApplicationSecret,
+    SigningSecret,
+    ApiKey,
+    ConsentRequest,
+    Grant,
+    GrantKey,
+    ApplicationBlock,
+    Delivery,
+    DeliveryAttempt,
+    AuditEvent,
     MasterKeyUse,
 )
 

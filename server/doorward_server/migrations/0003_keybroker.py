@@ -1,0 +1,134 @@
+"""API keys, applications, consent requests with their grants and deliveries, blocks, and the audit trail."""
+
+import peewee
+from playhouse.migrate import SchemaMigrator
+
+STATEMENTS = """
+CREATE TABLE api_keys (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    service TEXT NOT NULL,
+    label TEXT NOT NULL,
+    value BLOB NOT NULL,
+    account TEXT,
+    permissions TEXT NOT NULL,
+    created_at BIGINT NOT NULL
+);
+CREATE INDEX api_keys_user ON api_keys (user_id, service);
+
+CREATE TABLE applications (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    name_key TEXT NOT NULL UNIQUE,
+    callback_prefixes TEXT NOT NULL,
+    callback_format TEXT NOT NULL,
+    enabled INTEGER NOT NULL,
+    created_at BIGINT NOT NULL
+);
+CREATE TABLE application_secrets (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    application_id TEXT NOT NULL REFERENCES applications (id) ON DELETE CASCADE,
+    secret_hash BLOB NOT NULL UNIQUE,
+    created_at BIGINT NOT NULL,
+    expires_at BIGINT
+);
+CREATE INDEX application_secrets_application ON application_secrets (application_id);
+CREATE TABLE signing_secrets (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    application_id TEXT NOT NULL REFERENCES applications (id) ON DELETE CASCADE,
+    secret BLOB NOT NULL,
+    created_at BIGINT NOT NULL,
+    expires_at BIGINT
+);
+CREATE INDEX signing_secrets_application ON signing_secrets (application_id);
+ALTER TABLE service_tokens ADD COLUMN application_id TEXT REFERENCES applications (id) ON DELETE CASCADE;
+
+CREATE TABLE consent_requests (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    prompt_id INTEGER,
+    discord_user TEXT NOT NULL,
+    application_id TEXT REFERENCES applications (id),
+    name TEXT NOT NULL,
+    callback TEXT NOT NULL,
+    state TEXT NOT NULL,
+    address TEXT NOT NULL,
+    status TEXT NOT NULL,
+    lease_epoch INTEGER NOT NULL,
+    lease_expires_at BIGINT NOT NULL,
+    message TEXT,
+    deadline_at BIGINT NOT NULL,
+    created_at BIGINT NOT NULL,
+    finished_at BIGINT
+);
+-- The same request again is the same request, while it is open.
+CREATE UNIQUE INDEX consent_requests_open ON consent_requests (discord_user, callback, state) WHERE finished_at IS NULL;
+CREATE INDEX consent_requests_prompt ON consent_requests (prompt_id);
+CREATE INDEX consent_requests_leasable ON consent_requests (lease_expires_at) WHERE status = 'pending';
+CREATE INDEX consent_requests_user ON consent_requests (discord_user, id);
+CREATE INDEX consent_requests_address ON consent_requests (address, created_at);
+CREATE INDEX consent_requests_application ON consent_requests (application_id, created_at);
+
+CREATE TABLE grants (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    request_id INTEGER NOT NULL UNIQUE REFERENCES consent_requests (id) ON DELETE CASCADE,
+    user_id INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    created_at BIGINT NOT NULL,
+    revoked_at BIGINT
+);
+CREATE INDEX grants_user ON grants (user_id);
+CREATE TABLE grant_keys (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    grant_id INTEGER NOT NULL REFERENCES grants (id) ON DELETE CASCADE,
+    key_id INTEGER NOT NULL REFERENCES api_keys (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    UNIQUE (grant_id, key_id)
+);
+CREATE INDEX grant_keys_key ON grant_keys (key_id);
+
+CREATE TABLE application_blocks (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    application TEXT NOT NULL,
+    created_at BIGINT NOT NULL,
+    UNIQUE (user_id, application)
+);
+
+CREATE TABLE deliveries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    request_id INTEGER NOT NULL UNIQUE REFERENCES consent_requests (id) ON DELETE CASCADE,
+    webhook_id TEXT NOT NULL UNIQUE,
+    error TEXT,
+    status TEXT NOT NULL,
+    carried_keys INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    next_attempt_at BIGINT,
+    created_at BIGINT NOT NULL,
+    finished_at BIGINT
+);
+CREATE INDEX deliveries_status ON deliveries (status, id);
+CREATE TABLE delivery_attempts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    delivery_id INTEGER NOT NULL REFERENCES deliveries (id) ON DELETE CASCADE,
+    started_at BIGINT NOT NULL,
+    milliseconds INTEGER NOT NULL,
+    status INTEGER,
+    error TEXT
+);
+CREATE INDEX delivery_attempts_delivery ON delivery_attempts (delivery_id);
+
+CREATE TABLE audit_events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at BIGINT NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    details TEXT NOT NULL,
+    hash BLOB NOT NULL
+);
+"""
+
+
+def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
+    for statement in STATEMENTS.split(";"):
+        if statement.strip():
+            database.execute_sql(statement)  # type: ignore[no-untyped-call]
