@@ -24,7 +24,8 @@ def render(settings: Settings) -> dict[str, Any]:
     _set_address(config["admin"]["address"], "127.0.0.1", gateway.admin_port)
     _set_address(listener["address"], gateway.host, gateway.port)
     for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
-        route["route"]["timeout"] = f"{gateway.timeout:g}s"
+        if "route" in route:
+            route["route"]["timeout"] = f"{gateway.timeout:g}s"
     manager["http_filters"] = [
         http_filter
         for http_filter in manager["http_filters"]

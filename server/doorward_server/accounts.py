@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from doorward_server.audit import Audit
 from doorward_server.database import Database
 from doorward_server.errors import UserNotFound
 from doorward_server.identities import Identities, Profile
@@ -23,6 +24,7 @@ class Accounts:
     identities: Identities
     integrations: Integrations
     sessions: Sessions
+    audit: Audit
 
     # For API clients
 
@@ -41,17 +43,18 @@ class Accounts:
 
     def delete_of(self, client_id: str, handle: str) -> None:
         """Delete a user of the client's. Raises UserNotFound, NotYourUser."""
-        self.delete(self.users.get_of(client_id, handle))
+        self.delete(self.users.get_of(client_id, handle), actor=f"client:{client_id}")
 
     # For operators, too
 
-    def delete(self, user: User) -> None:
+    def delete(self, user: User, *, actor: str = "operator") -> None:
         """Delete a user and all that hangs on it, and queue the revocation of the tokens. Raises UserNotFound."""
         with self.database.writing():
-            self.integrations.queue_revocations(user.id)
+            self.integrations.queue_revocations(user.id, actor)
             # Identities, sessions and connections go with their user: the schema says so.
             if not User.delete().where(User.id == user.id).execute():
                 raise UserNotFound
+            self.audit.record(actor, "user.deleted", f"user:{user.id}")
 
     def export(self, user: User) -> dict[str, Any]:
         """All that is known of a user but the secrets, as one JSON object; times are ISO 8601."""

@@ -1,10 +1,11 @@
 """The one place where settings become objects, and the server's life from start to drain."""
 
+import contextlib
 import gc
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,26 +19,35 @@ from grpc_reflection.v1alpha import reflection
 
 from doorward.identity.v1 import identity_service_pb2, identity_service_pb2_grpc
 from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
+from doorward.keybroker.v1 import keybroker_service_pb2, keybroker_service_pb2_grpc
 from doorward_server import models
 from doorward_server.accounts import Accounts
+from doorward_server.api_keys import ApiKeys
+from doorward_server.applications import Applications
+from doorward_server.audit import AccessReads, Audit
 from doorward_server.clients import ApiClients
 from doorward_server.clock import Clock
+from doorward_server.consents import DEADLINE, Consents, Limits
 from doorward_server.crypto import KeyRing
 from doorward_server.database import Database, open_database
+from doorward_server.delivery import DELIVERY, Deliveries, Schedule
+from doorward_server.discord_users import DiscordUsers
 from doorward_server.errors import OperatorError
 from doorward_server.failures import FailureLimit
 from doorward_server.identities import Identities
 from doorward_server.integrations import REVOCATION, Integrations
 from doorward_server.jobs import Jobs, RetryPolicy, Worker
+from doorward_server.key_validators import KeyValidators
 from doorward_server.logs import Log, describe, make_log
 from doorward_server.models import MasterKeyUse
 from doorward_server.oauth import OAuth
-from doorward_server.outbound import Bulkhead, Outbound
+from doorward_server.outbound import Bulkhead, Outbound, Timeouts
 from doorward_server.provider_registry import ProviderRegistry
 from doorward_server.rpc.headers import SetCookie
 from doorward_server.rpc.identity import IdentityServicer
 from doorward_server.rpc.integration import IntegrationServicer
 from doorward_server.rpc.interceptors import Authenticator, CallInterceptor
+from doorward_server.rpc.keybroker import KeyBrokerServicer
 from doorward_server.rpc.policy import read_policies
 from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions
@@ -47,6 +57,7 @@ from doorward_server.users import Users
 SERVICES = [
     integration_service_pb2.DESCRIPTOR.services_by_name["IntegrationService"],
     identity_service_pb2.DESCRIPTOR.services_by_name["IdentityService"],
+    keybroker_service_pb2.DESCRIPTOR.services_by_name["KeyBrokerService"],
 ]
 CHANNEL_OPTIONS = [
     ("grpc.so_reuseport", 0),  # else a second server takes the same port without a word
@@ -60,6 +71,7 @@ CHANNEL_OPTIONS = [
 ]
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _SWEEP_SECONDS = 3600.0
+_FLUSH_SECONDS = 15.0
 
 
 class App:
@@ -89,6 +101,14 @@ class App:
         return KeyRing.read(self.settings.key_file)
 
     @cached_property
+    def audit(self) -> Audit:
+        return Audit(self.database, self.clock)
+
+    @cached_property
+    def access_reads(self) -> AccessReads:
+        return AccessReads(self.database, self.clock, self.audit)
+
+    @cached_property
     def users(self) -> Users:
         return Users(self.database, self.clock)
 
@@ -103,6 +123,10 @@ class App:
     @cached_property
     def clients(self) -> ApiClients:
         return ApiClients(self.database, self.clock)
+
+    @cached_property
+    def applications(self) -> Applications:
+        return Applications(self.database, self.clock, self.keys, self.audit)
 
     @cached_property
     def basic_failures(self) -> FailureLimit:
@@ -152,6 +176,8 @@ class App:
             jobs=self.jobs,
             users=self.users,
             providers=self.providers,
+            audit=self.audit,
+            reads=self.access_reads,
             lease=timedelta(seconds=self.settings.refresh.lease),
             log=self.log,
         )
@@ -169,15 +195,75 @@ class App:
         )
 
     @cached_property
+    def discord_users(self) -> DiscordUsers:
+        return DiscordUsers(self.database, self.clock)
+
+    @cached_property
+    def api_keys(self) -> ApiKeys:
+        validators = KeyValidators(self.outbound, self.settings.validators)
+        return ApiKeys(self.database, self.clock, self.keys, validators, self.audit)
+
+    @cached_property
     def accounts(self) -> Accounts:
-        return Accounts(self.database, self.users, self.identities, self.integrations, self.sessions)
+        return Accounts(self.database, self.users, self.identities, self.integrations, self.sessions, self.audit)
+
+    @cached_property
+    def callback_outbound(self) -> Outbound:
+        """The way out to applications, with an allow list of its own."""
+        callbacks, threads = self.settings.callbacks, self.settings.jobs.threads
+        bulkhead = Bulkhead(
+            threads=max(2, threads * 2), outbound=threads, per_provider=callbacks.per_host, waiting=threads
+        )
+        return Outbound(
+            allow=callbacks.allow,
+            ca_file=self.settings.outbound.ca_file,
+            bulkhead=bulkhead,
+            concurrency=threads,
+        )
+
+    @cached_property
+    def deliveries(self) -> Deliveries:
+        callbacks = self.settings.callbacks
+        return Deliveries(
+            database=self.database,
+            clock=self.clock,
+            jobs=self.jobs,
+            applications=self.applications,
+            api_keys=self.api_keys,
+            audit=self.audit,
+            callbacks=self.callback_outbound,
+            schedule=Schedule(callbacks.schedule),
+            timeouts=Timeouts(callbacks.connect_timeout, callbacks.timeout, callbacks.timeout),
+        )
+
+    @cached_property
+    def consents(self) -> Consents:
+        limits, consents = self.settings.limits, self.settings.consents
+        return Consents(
+            database=self.database,
+            clock=self.clock,
+            applications=self.applications,
+            discord_users=self.discord_users,
+            api_keys=self.api_keys,
+            deliveries=self.deliveries,
+            jobs=self.jobs,
+            audit=self.audit,
+            callbacks=self.callback_outbound,
+            limits=Limits(limits.open_per_user, limits.requests_per_address, limits.requests_per_application),
+            lifetime=timedelta(seconds=consents.timeout),
+            allow_unregistered=consents.allow_unregistered,
+        )
 
     @cached_property
     def worker(self) -> Worker:
         jobs = self.settings.jobs
         return Worker(
             self.jobs,
-            {REVOCATION: self.integrations.revoke_at_provider},
+            {
+                REVOCATION: self.integrations.revoke_at_provider,
+                DEADLINE: self.consents.end,
+                DELIVERY: self.deliveries.attempt,
+            },
             retry=RetryPolicy(jobs.schedule),
             lease=timedelta(seconds=jobs.lease),
             poll=jobs.poll,
@@ -198,7 +284,7 @@ class App:
     def _make_interceptor(self, *, whole_messages: bool) -> CallInterceptor:
         return CallInterceptor(
             read_policies(SERVICES, self.settings.origins),
-            Authenticator(self.sessions, self.service_tokens, self.clients, self.basic_failures),
+            Authenticator(self.sessions, self.service_tokens, self.clients, self.applications, self.basic_failures),
             self.log,
             access_log=self.settings.log.access,
             whole_messages=whole_messages,
@@ -211,6 +297,10 @@ class App:
         set_cookie = SetCookie(self.sessions.lifetime, self.settings.is_https)
         identity_service_pb2_grpc.add_IdentityServiceServicer_to_server(
             IdentityServicer(self.accounts, self.identities, self.sessions, self.users, set_cookie), server
+        )
+
+        keybroker_service_pb2_grpc.add_KeyBrokerServiceServicer_to_server(
+            KeyBrokerServicer(self.consents, self.deliveries, self.api_keys, self.discord_users), server
         )
 
     def check_providers(self) -> None:
@@ -243,16 +333,12 @@ class Server:
     """
 
     app: App
+    works: bool = True  # also does the jobs
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
-        # Waited for, not handled: a handler that interrupts itself, by a second signal, may deadlock.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        try:
+        with _awaited_signals():
             self._serve(on_ready)
-        except OperatorError:  # after a drain, further signals must not count any more
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            raise
 
     def _serve(self, on_ready: Callable[[dict[str, Any]], None] | None) -> None:
         settings, log = self.app.settings, self.app.log
@@ -269,8 +355,14 @@ class Server:
         _spare_the_collector()
         for_services.start()
         for_gateway.start()
-        self.app.worker.start()
-        threading.Thread(target=self._sweep, args=(stop,), name="sweeper", daemon=True).start()
+        if self.works:
+            self.app.worker.start()
+        sweeps = (self.app.sessions.sweep, self.app.integrations.sweep)
+        for name, seconds, work in (
+            ("sweeper", _SWEEP_SECONDS, sweeps),
+            ("audit", _FLUSH_SECONDS, (self.app.access_reads.flush,)),
+        ):
+            threading.Thread(target=self._repeat, args=(stop, seconds, work), name=name, daemon=True).start()
         where = {"port": settings.grpc.port, "socket": str(settings.socket), "home": str(settings.home)}
         log.info("serving", **where)
         if on_ready is not None:
@@ -285,10 +377,12 @@ class Server:
         # The socket before the port: a successor that gets the port makes a socket of its own, which
         # is not to be removed any more. gRPC removes ours when it stops listening.
         stopped = [server.stop(grace) for server in (for_gateway, for_services)]
-        self.app.worker.stop(grace)
+        if self.works:
+            self.app.worker.stop(grace)
         for one in stopped:
             one.wait()
         self.app.outbound.close()
+        self.app.callback_outbound.close()
         log.info("stopped")
 
     def _build(self, interceptor: CallInterceptor, health_servicer: health.HealthServicer) -> grpc.Server:
@@ -303,13 +397,39 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         return server
 
-    def _sweep(self, stop: threading.Event) -> None:
-        while not stop.wait(_SWEEP_SECONDS):
-            for sweep in (self.app.sessions.sweep, self.app.integrations.sweep):
+    def _repeat(self, stop: threading.Event, seconds: float, sweeps: Sequence[Callable[[], int]]) -> None:
+        while not stop.wait(seconds):
+            for sweep in sweeps:
                 try:
                     sweep()
                 except Exception as error:  # noqa: BLE001 - the next round may succeed
                     self.app.log.error("sweep failed", **describe(error))
+
+
+def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Do jobs until SIGTERM or SIGINT; those under way are given the time of a drain."""
+    with _awaited_signals():
+        app.record_key()
+        app.worker.start()
+        where = {"home": str(app.settings.home)}
+        app.log.info("working", **where)
+        if on_ready is not None:
+            on_ready(where)
+        signal.sigwait(_STOP_SIGNALS)
+        app.log.info("draining")
+        app.worker.stop(app.settings.grpc.drain_grace)
+        app.log.info("stopped")
+
+
+@contextlib.contextmanager
+def _awaited_signals() -> Iterator[None]:
+    """The stop signals are waited for, not handled: a handler that a second signal interrupts may deadlock."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    except OperatorError:  # after a drain, further signals must not count any more
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
 
 
 def _spare_the_collector() -> None:

@@ -176,6 +176,11 @@ class Database:
         with storage_failures():
             return list(query)
 
+    def execute_all(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        """As `execute`; returns all rows."""
+        rows: list[tuple[Any, ...]] = self.engine.execute_sql(sql, parameters).fetchall()  # type: ignore[no-untyped-call]
+        return rows
+
     def migrate(self) -> list[str]:
         """Bring an empty or older schema up to date; returns the names of the migrations applied."""
         with self._operators_view(), self.writing():

@@ -8,9 +8,11 @@
         │                             InvalidMinTtl, InvalidName, InvalidEmail, InvalidField,
         │                             ProviderRequired, TokenOrCodeRequired, TokenOrCodeTooLong,
         │                             ProviderHasNoTokenUrl, LookupRejected, LookupWithoutId,
-        │                             InvalidService, InvalidLabel, InvalidKey, KeyRejected, InvalidUserId
-        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected, TooManyIdentities, TooManyKeys
-        ├── Unauthenticated           NoSession, NoServiceToken, NoApiClient
+        │                             InvalidService, InvalidLabel, InvalidKey, KeyRejected, InvalidUserId,
+        │                             ParameterMissing, ParameterTooLong, CallbackRejected, NameTaken
+        ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected, TooManyIdentities,
+        │                             TooManyKeys, RequestFinished, DeliveryNotAbandoned
+        ├── Unauthenticated           NoSession, NoServiceToken, NoApiClient, NoApplication
         ├── PermissionDenied          SessionRequired, NotSelf, OriginNotAllowed, ServiceTokenRequired,
         │                             RoleRequired, NotYourUser
         ├── NotFound                  NoConnection, UserNotFound, SessionNotFound, ServiceTokenNotFound,
@@ -18,10 +20,11 @@
         │                             KeyNotFound, ApplicationNotFound, ConsentRequestNotFound, GrantNotFound,
         │                             DeliveryNotFound
         ├── AlreadyExists             SlugTaken, EmailTaken, IdentityTaken, KeyExists
-        ├── ResourceExhausted         TooManyFailures
+        ├── ResourceExhausted         TooManyFailures, TooManyRequests
         ├── Cancelled                 the caller has left
-        ├── Aborted                   NotConnected, CodeAlreadyUsed
-        ├── Unavailable               ServiceUnavailable, ProviderUnavailable, ProviderMalformed, Busy, StorageUnavailable
+        ├── Aborted                   NotConnected, CodeAlreadyUsed, LeaseLost
+        ├── Unavailable               ServiceUnavailable, ProviderUnavailable, ProviderMalformed, Busy,
+        │                             StorageUnavailable
         ├── DeadlineExceeded          ProviderTimeout
         └── Internal                  anything unexpected
 
@@ -160,7 +163,30 @@ class KeyRejected(InvalidArgument):
 
 class InvalidUserId(InvalidArgument):
     reason = "INVALID_USER_ID"
-    message = "the user id has to be a Discord snowflake"
+    message = "invalid userid"
+
+
+# The words of these are the documented answers of /requestapikey.
+
+
+class ParameterMissing(InvalidArgument):
+    reason = "PARAMETER_MISSING"
+    message = "missing parameters"
+
+
+class ParameterTooLong(InvalidArgument):
+    reason = "PARAMETER_TOO_LONG"
+    message = "parameter too long"
+
+
+class CallbackRejected(InvalidArgument):
+    reason = "INVALID_CALLBACK"
+    message = "invalid callback"
+
+
+class NameTaken(InvalidArgument):
+    reason = "INVALID_APPLICATION_NAME"
+    message = "invalid name"
 
 
 class FailedPrecondition(CallError):
@@ -180,6 +206,16 @@ class NeedsReauth(FailedPrecondition):
 class RefreshRejected(FailedPrecondition):
     reason = "REFRESH_REJECTED"
     message = "the provider refused to refresh the token; the connection is kept"
+
+
+class RequestFinished(FailedPrecondition):
+    reason = "REQUEST_FINISHED"
+    message = "the request has its outcome already"
+
+
+class DeliveryNotAbandoned(FailedPrecondition):
+    reason = "DELIVERY_NOT_ABANDONED"
+    message = "only an abandoned delivery can be sent again"
 
 
 class TooManyKeys(FailedPrecondition):
@@ -209,6 +245,12 @@ class NoServiceToken(Unauthenticated):
 class NoApiClient(Unauthenticated):
     reason = "NO_API_CLIENT"
     message = "the id and secret of an enabled API client are required, by HTTP Basic"
+    challenge = 'Basic realm="doorward"'
+
+
+class NoApplication(Unauthenticated):
+    reason = "NO_APPLICATION"
+    message = "the credentials of an enabled application are required"
     challenge = 'Basic realm="doorward"'
 
 
@@ -359,9 +401,21 @@ class NotConnected(Aborted):
     message = "there is no connection to revoke"
 
 
+class LeaseLost(Aborted):
+    reason = "LEASE_LOST"
+    message = "the lease has passed to another caller"
+
+
 class CodeAlreadyUsed(Aborted):
     reason = "CODE_ALREADY_USED"
     message = "this code was sent to the provider before: start the authorization again"
+
+
+class TooManyRequests(ResourceExhausted):
+    """The metadata's `retry_after` is in seconds."""
+
+    reason = "TOO_MANY_REQUESTS"
+    message = "too many requests"
 
 
 class Cancelled(CallError):

@@ -1,6 +1,6 @@
 """Integration: users' connections to the kai services, and the tokens behind them.
 
-Owns the tables `connections` and `code_claims`. Imports `oauth`, `jobs`, `users`, `models` and below.
+Owns the tables `connections` and `code_claims`. Imports `oauth`, `jobs`, `users`, `audit`, `models` and below.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from typing import Any
 
 import peewee
 
+from doorward_server.audit import AccessReads, Audit
 from doorward_server.clock import Clock
 from doorward_server.crypto import CannotOpen, KeyRing, Place, fingerprint
 from doorward_server.database import Database, storage_failures
@@ -79,6 +80,8 @@ class Integrations:
     jobs: Jobs
     users: Users
     providers: ProviderRegistry
+    audit: Audit
+    reads: AccessReads
     lease: timedelta
     log: Log
 
@@ -95,16 +98,16 @@ class Integrations:
             if connection is None:
                 raise NotConnected
             Connection.delete().where(Connection.id == connection.id).execute()
-            self._queue_revocation_of(connection)
+            self._revoked(connection, _actor(user_id))
 
     def connections(self, user_id: int) -> list[Connection]:
         """A user's connections, those that need a new authorization too."""
         return self.database.fetch_all(Connection.select().where(Connection.user == user_id).order_by(Connection.id))
 
-    def queue_revocations(self, user_id: int) -> None:
-        """Queue the revocation of all the tokens of a user who is being deleted, inside the caller's transaction."""
+    def queue_revocations(self, user_id: int, actor: str) -> None:
+        """Queue the revocation of all the tokens of a user whom the actor deletes, inside the caller's transaction."""
         for connection in self.connections(user_id):
-            self._queue_revocation_of(connection)
+            self._revoked(connection, actor)
 
     @storage_failures()
     def connect(self, user_id: int, kai_type: str, code: str) -> None:
@@ -120,7 +123,9 @@ class Integrations:
         pair = self._exchange(provider, claim, code)
 
         def store() -> None:
-            self._store_connection(user_id, provider_id, pair)
+            connection_id = self._store_connection(user_id, provider_id, pair)
+            subject = f"connection:{connection_id}"
+            self.audit.record(_actor(user_id), "connection.connected", subject, user=user_id, provider=provider_id)
             CodeClaim.update(outcome=_CONNECTED).where(CodeClaim.id == claim.id).execute()
 
         try:
@@ -132,8 +137,13 @@ class Integrations:
             raise UserNotFound from None
 
     @storage_failures()
-    def access_token(self, handle: str, provider_id: str, min_ttl: int = DEFAULT_MIN_TTL) -> AccessToken:
-        """A token that is valid for `min_ttl` more seconds, refreshed if needed. See GetAccessToken for the errors."""
+    def access_token(
+        self, handle: str, provider_id: str, min_ttl: int = DEFAULT_MIN_TTL, *, reader: str = "operator"
+    ) -> AccessToken:
+        """A token that is valid for `min_ttl` more seconds, refreshed if needed. See GetAccessToken for the errors.
+
+        `reader` is who gets it, for the audit trail: what cannot be recorded there is not handed out.
+        """
         try:
             user_id = self.users.get(handle).id
         except UserNotFound:
@@ -142,7 +152,10 @@ class Integrations:
         if not 0 <= min_ttl <= _LARGEST_MIN_TTL:
             raise InvalidMinTtl
         with contextlib.ExitStack() as slots:
-            return self._fresh_token(connection, timedelta(seconds=min_ttl), slots)
+            connection = self._freshened(connection, timedelta(seconds=min_ttl), slots)
+        token = AccessToken(self._open_pair(connection).access_token, connection.expires_at)
+        self.reads.count(reader, connection)
+        return token
 
     def revoke_at_provider(self, payload: Payload) -> None:
         """The job that follows `revoke`. A refusal (4xx) is final: RFC 7009 has 200 even for unknown tokens."""
@@ -224,8 +237,8 @@ class Integrations:
 
     # Connections
 
-    def _store_connection(self, user_id: int, provider_id: str, pair: TokenPair) -> None:
-        """Insert or replace, inside the caller's transaction; a refresh under way loses its lease."""
+    def _store_connection(self, user_id: int, provider_id: str, pair: TokenPair) -> int:
+        """Insert or replace, inside the caller's transaction; a refresh under way loses its lease. Returns its id."""
         now = self.clock.now()
         Connection.insert(
             user=user_id,
@@ -244,6 +257,7 @@ class Integrations:
             lease_epoch=connection.lease_epoch + 1,
             **values,
         )
+        return int(connection.id)
 
     def _sealed(self, connection_id: int, pair: TokenPair, *, keep_refresh_token: bool) -> dict[str, Any]:
         """The columns of a new pair. A refresh whose answer holds no refresh token keeps the old one."""
@@ -275,6 +289,12 @@ class Integrations:
             expires_in=None,
         )
 
+    def _revoked(self, connection: Connection, actor: str) -> None:
+        """What follows the end of a connection, inside the caller's transaction."""
+        subject, user_id = f"connection:{connection.id}", connection.user_id
+        self.audit.record(actor, "connection.revoked", subject, user=user_id, provider=connection.provider)
+        self._queue_revocation_of(connection)
+
     def _queue_revocation_of(self, connection: Connection) -> None:
         try:
             self._queue_revocation(connection.provider, self._open_pair(connection))
@@ -294,15 +314,15 @@ class Integrations:
 
     # Refreshing
 
-    def _fresh_token(self, first: Connection, min_ttl: timedelta, slots: contextlib.ExitStack) -> AccessToken:
-        """The stored token, or a new one that this call or another one gets from the provider."""
+    def _freshened(self, first: Connection, min_ttl: timedelta, slots: contextlib.ExitStack) -> Connection:
+        """The row with the stored token, or with a new one that this call or another one gets from the provider."""
         waits: Iterator[float] | None = None
         connection = first
         while True:
             if connection.needs_reauth:
                 raise NeedsReauth
             if self._is_fresh(connection, min_ttl) or _has_new_pair(connection, since=first):
-                return self._handed_out(connection)
+                return connection
             provider = self.providers.find(connection.provider)
             if provider is None:
                 raise ProviderNotConfigured
@@ -411,6 +431,10 @@ class Integrations:
     def _end_lease(self, held: Connection, **values: Any) -> None:
         with self.database.writing():
             self._write(held, epoch=held.lease_epoch, lease_expires_at=None, **values)
+
+
+def _actor(user_id: int) -> str:
+    return f"user:{user_id}"
 
 
 def _kai_id(kai_type: str) -> str:

@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from doorward_server.clock import Clock
@@ -21,11 +21,22 @@ from doorward_server.models import Job, to_micros
 
 Payload = dict[str, Any]
 Handler = Callable[[Payload], None]
+_INSERT = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES (?, x'', ?, 0, ?) RETURNING id"
+_SET_PAYLOAD = "UPDATE jobs SET payload = ? WHERE id = ?"
 _NEXT_DUE = "SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT 1"
 
 
 class Abandon(DoorwardError):
     """Raised by a handler: no further attempt can help. The argument says why."""
+
+
+class PutOff(DoorwardError):
+    """Raised by a handler that knows itself when to try again."""
+
+    def __init__(self, delay: timedelta, reason: str) -> None:
+        super().__init__(reason)
+        self.delay = delay
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,14 @@ class Jobs:
         # Only a hint to look sooner: other processes' jobs are found by looking.
         self.queued = threading.Event()
 
-    def queue(self, kind: str, payload: Payload) -> None:
-        """Add a job, inside the caller's transaction."""
+    def queue(self, kind: str, payload: Payload, run_at: datetime | None = None) -> None:
+        """Add a job, inside the caller's transaction: for now, or for later."""
         now = self._clock.now()
-        job = Job.create(kind=kind, payload=b"", run_at=now, attempts=0, created_at=now)
-        sealed = self._keys.seal(json.dumps(payload), _payload_of(job))
-        Job.update(payload=sealed).where(Job.id == job.id).execute()
+        row = self._database.execute(_INSERT, (kind, to_micros(run_at or now), to_micros(now)))
+        assert row is not None  # noqa: S101 - what RETURNING is for
+        (job_id,) = row
+        sealed = self._keys.seal(json.dumps(payload), _payload_of(job_id))
+        self._database.execute(_SET_PAYLOAD, (sealed, job_id))
         self._database.engine.after_commit(self.queued.set)
 
     def claim(self, lease: timedelta) -> Job | None:
@@ -72,7 +85,7 @@ class Jobs:
             return job
 
     def payload(self, job: Job) -> Payload:
-        opened: Payload = json.loads(self._keys.open(job.payload, _payload_of(job)))
+        opened: Payload = json.loads(self._keys.open(job.payload, _payload_of(job.id)))
         return opened
 
     def finish(self, job: Job) -> None:
@@ -135,6 +148,8 @@ class Worker:
             handler(self._jobs.payload(job))
         except Abandon as reason:
             self._give_up(job, str(reason))
+        except PutOff as later:
+            self._put_off(job, later.delay, later.reason)
         except CannotOpen:
             self._give_up(job, "CANNOT_OPEN")
         except CallError as failure:
@@ -152,15 +167,18 @@ class Worker:
         if delay is None:
             self._give_up(job, reason)
         else:
-            self._jobs.put_off(job, delay, reason)
-            self._log.warning(
-                "job put off",
-                job_id=job.id,
-                kind=job.kind,
-                attempts=job.attempts,
-                reason=reason,
-                seconds=delay.total_seconds(),
-            )
+            self._put_off(job, delay, reason)
+
+    def _put_off(self, job: Job, delay: timedelta, reason: str) -> None:
+        self._jobs.put_off(job, delay, reason)
+        self._log.warning(
+            "job put off",
+            job_id=job.id,
+            kind=job.kind,
+            attempts=job.attempts,
+            reason=reason,
+            seconds=delay.total_seconds(),
+        )
 
     def _give_up(self, job: Job, reason: str) -> None:
         self._jobs.put_off(job, None, reason)
@@ -180,5 +198,5 @@ class Worker:
                 self._jobs.queued.clear()
 
 
-def _payload_of(job: Job) -> Place:
-    return Place("jobs", job.id, "payload")
+def _payload_of(job_id: int) -> Place:
+    return Place("jobs", job_id, "payload")

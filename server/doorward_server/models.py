@@ -302,7 +302,7 @@ class ConsentRequest(peewee.Model):
     application_id: str | None
     name = peewee.TextField()
     callback = peewee.TextField()
-    state = peewee.TextField()
+    state = peewee.BlobField()  # UTF-8; it may hold a NUL, which not every engine takes as text
     address = peewee.TextField()  # where it came from
     status = peewee.TextField()
     lease_epoch = peewee.IntegerField()

@@ -13,14 +13,14 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LookupTimeout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import certifi
 import httpcore
@@ -35,6 +35,8 @@ from doorward_server.errors import (
 )
 
 MAX_ANSWER_BYTES = 1 << 20
+_JUDGING_SECONDS = 1.0
+T = TypeVar("T")
 _HEADERS = {"user-agent": "doorward", "accept": "application/json", "accept-encoding": "identity"}
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -60,6 +62,14 @@ class Answer:
 
     status: int
     body: bytes
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The head of an HTTP answer, whose body is nobody's business."""
+
+    status: int
+    retry_after: str | None
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,13 @@ class _GuardedBackend(httpcore.NetworkBackend):
                 return _TimedStream(stream)
         raise failure or httpcore.ConnectError("no address")
 
+    def may_connect(self, host: str, port: int) -> bool:
+        try:
+            addresses = self._resolve(host, port)
+        except (httpcore.ConnectError, httpcore.ConnectTimeout):
+            return True
+        return all(self._may_connect(address, port) for address in addresses)
+
     def _may_connect(self, address: IpAddress, port: int) -> bool:
         return is_public(address) or (address, port) in self._allowed
 
@@ -234,15 +251,15 @@ class _Transports:
         # Taken from and returned to the end; list operations are atomic.
         self._idle: list[_GuardedTransport] = []
 
-    def send(self, request: httpx.Request) -> Answer:
-        """Send a request and read the whole answer."""
+    def send(self, request: httpx.Request, read: Callable[[httpx.Response], T]) -> T:
+        """Send a request and read the answer."""
         try:
             transport = self._idle.pop()
         except IndexError:
             transport = self._make()
         try:
             with contextlib.closing(transport.handle_request(request)) as response:
-                return Answer(response.status_code, _read(response))
+                return read(response)
         finally:
             self._idle.append(transport)
 
@@ -320,24 +337,54 @@ class Outbound:
         Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable (not HTTP, too), ProviderTimeout,
         or ProviderMalformed (an answer that is too large or does not decode).
         """
+        with self._sending(provider_id, timeouts) as extensions:
+            request = httpx.Request(
+                method,
+                httpx.URL(url).copy_merge_params(query) if query else url,
+                headers={**_HEADERS, **(headers or {})},
+                data=form,
+                extensions=extensions,
+            )
+            return self._transports.send(request, _answer)
+
+    def post(self, url: str, *, peer: str, timeouts: Timeouts, headers: Mapping[str, str], body: bytes) -> Receipt:
+        """Send a body, and read no more than the head of the answer. `peer` is whose cap counts.
+
+        Raises what `request` raises, but for ProviderMalformed.
+        """
+        with self._sending(peer, timeouts) as extensions:
+            request = httpx.Request("POST", url, headers={**_HEADERS, **headers}, content=body, extensions=extensions)
+            return self._transports.send(request, _receipt)
+
+    @contextlib.contextmanager
+    def _sending(self, peer: str, timeouts: Timeouts) -> Iterator[dict[str, Any]]:
+        """A slot, a deadline, and failures as ours; yields the request's extensions."""
         token = _deadline.set(time.monotonic() + timeouts.total)
-        timeout = httpx.Timeout(timeouts.read, connect=timeouts.connect)
         try:
-            with self.bulkhead.requesting(provider_id), _failures():
-                request = httpx.Request(
-                    method,
-                    httpx.URL(url).copy_merge_params(query) if query else url,
-                    headers={**_HEADERS, **(headers or {})},
-                    data=form,
-                    extensions={"timeout": timeout.as_dict()},
-                )
-                return self._transports.send(request)
+            with self.bulkhead.requesting(peer), _failures():
+                yield {"timeout": httpx.Timeout(timeouts.read, connect=timeouts.connect).as_dict()}
+        finally:
+            _deadline.reset(token)
+
+    def may_connect(self, host: str, port: int) -> bool:
+        """Whether requests to a host would be made as its name resolves now; one that does not resolve may later."""
+        token = _deadline.set(time.monotonic() + _JUDGING_SECONDS)
+        try:
+            return self._backend.may_connect(host, port)
         finally:
             _deadline.reset(token)
 
     def close(self) -> None:
         self._transports.close()
         self._backend.close()
+
+
+def _answer(response: httpx.Response) -> Answer:
+    return Answer(response.status_code, _read(response))
+
+
+def _receipt(response: httpx.Response) -> Receipt:
+    return Receipt(response.status_code, response.headers.get("retry-after"))
 
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:

@@ -14,9 +14,12 @@ from doorward_server.models import ServiceToken, to_micros
 
 # Told apart from other secrets by people and by scanners of repositories.
 _PREFIX = "dwt_"
-_FIND = (
-    "SELECT id, roles, last_used_at FROM service_tokens WHERE token_hash = ? AND (expires_at IS NULL OR expires_at > ?)"
-)
+# A disabled application's tokens are none.
+_FIND = """
+SELECT service_tokens.id, roles, last_used_at, application_id FROM service_tokens
+LEFT JOIN applications ON applications.id = application_id
+WHERE token_hash = ? AND (expires_at IS NULL OR expires_at > ?) AND (application_id IS NULL OR enabled)
+"""
 # The last use is written down at most so often: a write per call would cost more than the call.
 _USE_RESOLUTION = timedelta(minutes=1)
 
@@ -35,6 +38,7 @@ class Service:
 
     token_id: int
     roles: frozenset[str]
+    application_id: str | None = None  # of the application that it is
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,13 @@ class ServiceTokens:
     clock: Clock
 
     def create(
-        self, roles: Iterable[str], name: str = "", lifetime: timedelta | None = None
+        self,
+        roles: Iterable[str],
+        name: str = "",
+        lifetime: timedelta | None = None,
+        application_id: str | None = None,
     ) -> tuple[ServiceToken, str]:
-        """Make a token; returns it and its value, which is stored nowhere. None: it does not expire."""
+        """Make a token; returns it and its value, which is stored nowhere. None: it does not expire, is nobody's."""
         value, now = _PREFIX + make_secret(), self.clock.now()
         with self.database.writing():
             token = ServiceToken.create(
@@ -56,6 +64,7 @@ class ServiceTokens:
                 roles=",".join(sorted(set(roles))),
                 created_at=now,
                 expires_at=now + lifetime if lifetime else None,
+                application=application_id,
             )
         return token, value
 
@@ -65,11 +74,11 @@ class ServiceTokens:
         row = self.database.fetch_one(_FIND, (fingerprint(value), to_micros(now)))
         if row is None:
             return None
-        token_id, roles, last_used_at = row
+        token_id, roles, last_used_at, application_id = row
         if last_used_at is None or last_used_at <= to_micros(now - _USE_RESOLUTION):
             with contextlib.suppress(StorageUnavailable), self.database.writing():
                 ServiceToken.update(last_used_at=now).where(ServiceToken.id == token_id).execute()
-        return Service(token_id, frozenset(roles.split(",")))
+        return Service(token_id, frozenset(filter(None, roles.split(","))), application_id)
 
     def list(self) -> list[ServiceToken]:
         """Every token that was not revoked, expired ones too."""

@@ -1,7 +1,7 @@
 """Every setting, documented beside its default; the only reader of the environment.
 
 Settings come from a TOML file and from the environment, which wins: `[grpc] port` is
-`DOORWARD_GRPC_PORT`. Imports `providers` and `errors`.
+`DOORWARD_GRPC_PORT`. Imports `providers`, `validators` and `errors`.
 """
 
 import difflib
@@ -31,11 +31,12 @@ from pydantic_settings import (
 
 from doorward_server.errors import OperatorError
 from doorward_server.providers import HttpUrl, Provider
+from doorward_server.validators import Validator
 
 PREFIX = "DOORWARD_"
 # Variables that are not judged by name: other programs' (the launcher, the bot, the stand-ins of
 # `make up`) and those whose names the operator chooses.
-_OPEN = tuple(f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX", "LIMITS", "CALLBACKS"))
+_OPEN = tuple(f"{PREFIX}{name}_" for name in ("GATEWAY", "BOT", "SANDBOX"))
 # Read by one command only: the secret of a provider that is added.
 CLIENT_SECRET_VARIABLE = f"{PREFIX}CLIENT_SECRET"
 # The longest path that a Unix socket's address holds (sun_path, less its final NUL).
@@ -60,6 +61,10 @@ def _split(value: object) -> object:
 
 
 Listed = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+# Sections of sections: [providers.ID] and [validators.SERVICE].
+_NAMED: dict[str, type[BaseModel]] = {"providers": Provider, "validators": Validator}
 
 
 class Section(BaseModel):
@@ -146,16 +151,50 @@ class JobsSection(Section):
     lease: Seconds = 60.0
     # Seconds between looks for jobs that another process has queued.
     poll: Seconds = 0.5
-    threads: int = Field(4, ge=1, le=64)
+    threads: int = Field(16, ge=1, le=64)
 
 
 class LimitsSection(Section):
     """What one caller may do; 0: no limit."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)  # keys of services to come
-
     # Failed log-ins and wrong Basic credentials a minute, per client id and address.
     auth_failures: int = Field(30, ge=0)
+    # Prompts that wait for one user's answer: of strangers, and as many again of registered applications.
+    open_per_user: int = Field(3, ge=0)
+    # Requests for keys an hour.
+    requests_per_address: int = Field(600, ge=0)
+    requests_per_application: int = Field(120, ge=0)
+
+
+class ConsentsSection(Section):
+    """Requests for users' keys."""
+
+    # Seconds that a user has to answer.
+    timeout: Seconds = 600.0
+    # Whether applications that are not registered may ask.
+    allow_unregistered: bool = True
+
+
+class CallbacksSection(Section):
+    """Deliveries to applications."""
+
+    # ip:port pairs that may be connected to although they are not global unicast addresses.
+    allow: Listed = ()
+    # Seconds between attempts, each made longer by up to a tenth; after the last one a delivery is abandoned.
+    schedule: Annotated[tuple[Seconds, ...], NoDecode, BeforeValidator(_split)] = (
+        5,
+        300,
+        1800,
+        7200,
+        18000,
+        36000,
+        36000,
+    )
+    # Seconds for a whole attempt, and for connecting.
+    timeout: Seconds = 15.0
+    connect_timeout: Seconds = 5.0
+    # Deliveries to one host at once.
+    per_host: int = Field(4, ge=1)
 
 
 class Settings(BaseSettings):
@@ -189,8 +228,9 @@ class Settings(BaseSettings):
     jobs: JobsSection = JobsSection()
     limits: LimitsSection = LimitsSection()
     providers: dict[str, Provider] = {}
-    # A section of a service to come; nothing reads it yet.
-    callbacks: dict[str, Any] = {}
+    validators: dict[str, Validator] = {}
+    consents: ConsentsSection = ConsentsSection()
+    callbacks: CallbacksSection = CallbacksSection()
 
     @classmethod
     def settings_customise_sources(
@@ -212,19 +252,26 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_providers(cls, values: dict[str, Any]) -> dict[str, Any]:
-        sections = values.get("providers")
-        if not isinstance(sections, dict):
-            return values
-        named = {
-            key: {**section, "id": key} if isinstance(section, dict) else section for key, section in sections.items()
-        }
-        return {**values, "providers": named}
+    def _name_sections(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Tell each provider and each validator its name."""
+        named = {}
+        for kind, name in (("providers", "id"), ("validators", "service")):
+            if isinstance(sections := values.get(kind), dict):
+                named[kind] = {
+                    key: {**section, name: key} if isinstance(section, dict) else section
+                    for key, section in sections.items()
+                }
+        return {**values, **named}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "Settings":
         for provider in self.providers.values():
             self.check_timeouts(provider)
+        if self.callbacks.timeout >= self.jobs.lease:
+            raise ValueError(
+                f"[callbacks] timeout ({self.callbacks.timeout:g} s) has to be shorter than [jobs] lease "
+                f"({self.jobs.lease:g} s): lower the one or raise the other"
+            )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         if not self.database_url.startswith("sqlite:////"):
@@ -364,6 +411,8 @@ def _refuse_unknown_variables() -> None:
             raise OperatorError(
                 f"{name}: providers stand in the settings file only; keep a secret in client_secret_file"
             )
+        if name.startswith(f"{PREFIX}VALIDATORS"):
+            raise OperatorError(f"{name}: validators stand in the settings file only: unset it")
         if name.startswith(PREFIX) and name not in known and not name.startswith(_OPEN):
             raise OperatorError(f"{name} is not a setting{_did_you_mean(name, known)}: mend or unset it")
 
@@ -397,7 +446,7 @@ def _sentence(config: Path, problem: Any) -> str:
 
 def _name(where: list[str]) -> str:
     """`[section] key, item 1`, as one would look for it in the file."""
-    depth = 2 if where[0] == "providers" else 1
+    depth = 2 if where[0] in _NAMED else 1
     if len(where) <= depth:
         return where[0] if depth == 1 else f"[{'.'.join(where)}]"
     section, key, *items = ".".join(where[:depth]), where[depth], *where[depth + 1 :]
@@ -408,7 +457,7 @@ def _name(where: list[str]) -> str:
 def _siblings(where: list[str]) -> set[str]:
     if len(where) == 1:
         return set(Settings.model_fields) - {"home", "config"}
-    if where[0] == "providers":
-        return set(Provider.model_fields)
+    if where[0] in _NAMED:
+        return set(_NAMED[where[0]].model_fields)
     section = Settings.model_fields[where[0]].annotation
     return set(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else set()

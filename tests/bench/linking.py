@@ -121,7 +121,7 @@ def _basic_seconds(home: Path, basic: str) -> float:
     """What the server does of its own for a call with Basic, before it knows what the call wants."""
     app = App(settings_module.load(home))
     policy = read_policies([pb.DESCRIPTOR.services_by_name["IdentityService"]], frozenset())[_METHOD]
-    authenticator = Authenticator(app.sessions, app.service_tokens, app.clients, app.basic_failures)
+    authenticator = Authenticator(app.sessions, app.service_tokens, app.clients, app.applications, app.basic_failures)
     metadata = {"authorization": basic}
 
     def timed() -> float:

@@ -1,12 +1,17 @@
 """The command line of `doorward`: a module for each group of commands. Imports `app` and the domain."""
 
-from doorward_server.cli import clients, credentials, providers, users
+from doorward_server.cli import applications, audit, clients, consents, credentials, keys, providers, users
 from doorward_server.cli.root import cli, run
 
 __all__ = ["run"]
 
 cli.add_typer(users.cli, name="user")
+cli.add_typer(keys.cli, name="key")
 cli.add_typer(credentials.session_cli, name="session")
 cli.add_typer(clients.cli, name="client")
+cli.add_typer(applications.cli, name="app")
+cli.add_typer(consents.consent_cli, name="consent")
+cli.add_typer(consents.delivery_cli, name="delivery")
 cli.add_typer(providers.cli, name="provider")
 cli.add_typer(credentials.token_cli, name="token")
+cli.add_typer(audit.cli, name="audit")

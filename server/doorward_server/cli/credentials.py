@@ -109,7 +109,8 @@ def _token(token: ServiceToken) -> dict[str, Any]:
     return {
         "id": token.id,
         "name": token.name,
-        "roles": token.roles.split(","),
+        "roles": [role for role in token.roles.split(",") if role],
+        "application": token.application_id,
         "created": iso(token.created_at),
         "expires": iso(token.expires_at),
         "last_used": iso(token.last_used_at),

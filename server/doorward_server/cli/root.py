@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from doorward_server import settings as settings_module
-from doorward_server.app import App, Server
+from doorward_server.app import App, Server, run_worker
 from doorward_server.cli.base import HELP, Json, app_of, print_json
 from doorward_server.cli.files import create, read_text
 from doorward_server.crypto import MasterKey
@@ -104,13 +104,23 @@ def init(
 
 
 @cli.command(epilog="Example: doorward serve")
-def serve(ctx: typer.Context, as_json: Json = False) -> None:
+def serve(
+    ctx: typer.Context,
+    work: Annotated[
+        bool, typer.Option("--work/--no-work", help="Also do the work in the background: deliveries, revocations.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
     """Run the gRPC server until SIGTERM or Ctrl-C. The log goes to stderr."""
-    Server(app_of(ctx)).run(on_ready=print_json if as_json else None)
-    # A call that outlived the drain still holds a thread, which Python would wait for. What is cut
-    # off here is cut off as by SIGKILL, which costs nothing that was answered.
-    sys.stdout.flush()
-    os._exit(0)
+    Server(app_of(ctx), works=work).run(on_ready=print_json if as_json else None)
+    _end_at_once()
+
+
+@cli.command(epilog="Example: doorward work")
+def work(ctx: typer.Context, as_json: Json = False) -> None:
+    """Do the work in the background until SIGTERM or Ctrl-C, beside servers that run with --no-work."""
+    run_worker(app_of(ctx), on_ready=print_json if as_json else None)
+    _end_at_once()
 
 
 @cli.command(epilog="Example: doorward migrate")
@@ -130,3 +140,10 @@ def _starter_settings(source: Path | None) -> str:
     if source is None:
         return (files("doorward_server") / "starter.toml").read_text()
     return read_text(source, "--settings")
+
+
+def _end_at_once() -> None:
+    # A call that outlived the drain still holds a thread, which Python would wait for. What is cut
+    # off here is cut off as by SIGKILL, which costs nothing that was answered.
+    sys.stdout.flush()
+    os._exit(0)

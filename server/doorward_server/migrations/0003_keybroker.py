@@ -50,7 +50,7 @@ CREATE TABLE consent_requests (
     application_id TEXT REFERENCES applications (id),
     name TEXT NOT NULL,
     callback TEXT NOT NULL,
-    state TEXT NOT NULL,
+    state BLOB NOT NULL,
     address TEXT NOT NULL,
     status TEXT NOT NULL,
     lease_epoch INTEGER NOT NULL,
@@ -125,10 +125,37 @@ CREATE TABLE audit_events (
     details TEXT NOT NULL,
     hash BLOB NOT NULL
 );
+-- Counted here until the minute is over. No references: what was read counts, whatever became of it.
+CREATE TABLE access_reads (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    minute BIGINT NOT NULL,
+    caller TEXT NOT NULL,
+    connection_id INTEGER NOT NULL,
+    user_id INTEGER NOT NULL,
+    provider TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    UNIQUE (minute, caller, connection_id)
+);
 """
+# Apart, for they hold semicolons. The third one also stops INSERT OR REPLACE, which deletes without a trigger.
+TRIGGERS = (
+    """
+CREATE TRIGGER audit_events_update BEFORE UPDATE ON audit_events
+BEGIN SELECT RAISE(ABORT, 'audit_events is append-only'); END
+""",
+    """
+CREATE TRIGGER audit_events_delete BEFORE DELETE ON audit_events
+BEGIN SELECT RAISE(ABORT, 'audit_events is append-only'); END
+""",
+    """
+CREATE TRIGGER audit_events_insert BEFORE INSERT ON audit_events
+WHEN NEW.id IS NOT (SELECT ifnull(max(id), 0) + 1 FROM audit_events)
+BEGIN SELECT RAISE(ABORT, 'audit_events is append-only: the next id is the last one plus 1'); END
+""",
+)
 
 
 def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
-    for statement in STATEMENTS.split(";"):
+    for statement in (*STATEMENTS.split(";"), *TRIGGERS):
         if statement.strip():
             database.execute_sql(statement)  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from doorward_server.applications import Applications, Registered
 from doorward_server.clients import ApiClients, Client
 from doorward_server.errors import CallError, Cancelled, Internal, MalformedRequest
 from doorward_server.failures import FailureLimit
@@ -44,12 +45,18 @@ class Authenticator:
     """
 
     def __init__(
-        self, sessions: Sessions, service_tokens: ServiceTokens, clients: ApiClients, failures: FailureLimit
+        self,
+        sessions: Sessions,
+        service_tokens: ServiceTokens,
+        clients: ApiClients,
+        applications: Applications,
+        failures: FailureLimit,
     ) -> None:
         self.slug_of = sessions.slug
         self._sessions = sessions
         self._service_tokens = service_tokens
         self._clients = clients
+        self._applications = applications
         self._failures = failures
 
     def credentials(self, policy: Policy, peer: str, metadata: RequestMetadata) -> Credentials:
@@ -66,12 +73,22 @@ class Authenticator:
             )
         cookie = next(session_cookies(metadata), None)
         return Credentials(
-            caller=self._find_client(metadata, peer) if policy.knows_clients else self._find_session(cookie),
+            caller=self._find_caller(policy, peer, metadata, cookie),
             has_cookie=cookie is not None,
             has_authorization="authorization" in metadata,
             origin=text_of(metadata["origin"]) if "origin" in metadata else None,
             by_gateway=True,
         )
+
+    def _find_caller(
+        self, policy: Policy, peer: str, metadata: RequestMetadata, cookie: str | None
+    ) -> SessionUser | Client | Registered | None:
+        if policy.knows_clients:
+            return self._find_client(metadata, peer)
+        if policy.knows_applications:
+            pair = basic_credentials(metadata)
+            return self._applications.find(*pair) if pair else None
+        return self._find_session(cookie)
 
     def _find_session(self, cookie: str | None) -> SessionUser | None:
         return self._sessions.find(cookie) if cookie else None
@@ -236,6 +253,8 @@ def _name(caller: Caller | None) -> str | None:
             return f"user:{caller.user_id}"
         case Client():
             return f"client:{caller.client_id}"
+        case Registered():
+            return f"application:{caller.application_id}"
         case _:
             return f"service:{caller.token_id}"
 

@@ -9,9 +9,11 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from doorward.auth.v1 import policy_pb2
+from doorward_server.applications import Registered
 from doorward_server.clients import Client
 from doorward_server.errors import (
     NoApiClient,
+    NoApplication,
     NoServiceToken,
     NoSession,
     NotSelf,
@@ -24,13 +26,14 @@ from doorward_server.service_tokens import Service
 from doorward_server.sessions import SessionUser
 from doorward_server.users import ME
 
-Caller = SessionUser | Service | Client
+Caller = SessionUser | Service | Client | Registered
 # The caller of the call that this thread serves. Set before a handler runs.
 current_caller: ContextVar[Caller | None] = ContextVar("current_caller")
 
 _ANYONE = policy_pb2.CALLER_KIND_ANYONE
 _SELF_SESSION = policy_pb2.CALLER_KIND_SELF_SESSION
 _API_CLIENT = policy_pb2.CALLER_KIND_API_CLIENT
+_APPLICATION = policy_pb2.CALLER_KIND_APPLICATION
 _SERVICE = policy_pb2.CALLER_KIND_SERVICE
 _SESSION = policy_pb2.CALLER_KIND_SESSION
 _JUDGED = {
@@ -39,6 +42,8 @@ _JUDGED = {
     frozenset({_SESSION}),
     frozenset({_API_CLIENT}),
     frozenset({_ANYONE, _API_CLIENT}),
+    frozenset({_APPLICATION}),
+    frozenset({_ANYONE, _APPLICATION}),
     frozenset({_SERVICE}),
 }
 
@@ -71,6 +76,11 @@ class Policy:
         """Whether Basic credentials are looked at, and not cookies."""
         return _API_CLIENT in self.callers
 
+    @property
+    def knows_applications(self) -> bool:
+        """Whether Basic credentials are an application's."""
+        return _APPLICATION in self.callers
+
     def authenticate(self, credentials: Credentials) -> None:
         """Refuse a caller of the wrong kind; what the message says does not matter yet."""
         origin = credentials.origin
@@ -80,6 +90,8 @@ class Policy:
             self._require_session(credentials)
         elif _API_CLIENT in self.callers:
             self._require_client(credentials)
+        elif _APPLICATION in self.callers:
+            self._require_application(credentials)
         elif _SERVICE in self.callers:
             self._require_service(credentials)
 
@@ -105,6 +117,16 @@ class Policy:
             raise NoApiClient
         if not credentials.by_gateway:
             # Else anybody could hold the port's threads, by messages that never come.
+            raise ServiceTokenRequired
+
+    def _require_application(self, credentials: Credentials) -> None:
+        caller = credentials.caller
+        if isinstance(caller, Registered) or (isinstance(caller, Service) and caller.application_id is not None):
+            return
+        # Wrong credentials make a stranger of whoever may be one.
+        if _ANYONE not in self.callers:
+            raise NoApplication
+        if not credentials.by_gateway:
             raise ServiceTokenRequired
 
     def _require_service(self, credentials: Credentials) -> None:

@@ -1,0 +1,432 @@
+"""Consent: applications' questions for users' keys, from the question to its one outcome.
+
+Owns the tables `consent_requests`, `grants`, `grant_keys` and `application_blocks`. Imports `applications`,
+`api_keys`, `discord_users`, `delivery`, `jobs`, `audit`, `models` and below.
+"""
+
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+from doorward_server.api_keys import ApiKeys, ListedKey
+from doorward_server.applications import Applications, Registered
+from doorward_server.audit import Audit
+from doorward_server.callbacks import Callback, InvalidCallback, clean_name
+from doorward_server.clock import Clock
+from doorward_server.database import Database
+from doorward_server.delivery import Deliveries
+from doorward_server.discord_users import DiscordUsers, parse_snowflake
+from doorward_server.errors import (
+    CallbackRejected,
+    ConsentRequestNotFound,
+    GrantNotFound,
+    KeyNotFound,
+    LeaseLost,
+    NameTaken,
+    ParameterMissing,
+    ParameterTooLong,
+    RequestFinished,
+    TooManyRequests,
+)
+from doorward_server.jobs import Jobs, Payload
+from doorward_server.models import (
+    ApiKey,
+    Application,
+    ApplicationBlock,
+    ConsentRequest,
+    Grant,
+    GrantKey,
+    User,
+    to_micros,
+)
+from doorward_server.outbound import Outbound
+
+DEADLINE = "consent-deadline"
+_LONGEST_NAME, _LONGEST_STATE, _LONGEST_CALLBACK = 100, 2048, 2048
+_HOUR = timedelta(hours=1)
+# How long a user who has blocked an application seems to think about it, in seconds.
+_FEIGNED_THOUGHT = (5.0, 60.0)
+_LONGEST_POLL = 0.25
+
+_OPEN = """
+SELECT id, prompt_id, state, status, message, lease_epoch, lease_expires_at FROM consent_requests
+WHERE discord_user = ? AND callback = ? AND finished_at IS NULL ORDER BY id
+"""
+_PROMPTS = """
+SELECT count(DISTINCT prompt_id) FROM consent_requests
+WHERE discord_user = ? AND finished_at IS NULL AND (application_id IS NULL) = ?
+"""
+_OF_ADDRESS = "SELECT count(*) FROM consent_requests WHERE address = ? AND created_at > ?"
+_OF_APPLICATION = "SELECT count(*) FROM consent_requests WHERE application_id = ? AND created_at > ?"
+_IS_BLOCKED = """
+SELECT 1 FROM application_blocks JOIN oauth_identities ON oauth_identities.user_id = application_blocks.user_id
+WHERE oauth_identities.provider = 'discord' AND oauth_identities.subject = ? AND application = ?
+"""
+_INSERT = """
+INSERT INTO consent_requests (prompt_id, discord_user, application_id, name, callback, state, address, status,
+                              lease_epoch, lease_expires_at, message, deadline_at, created_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id
+"""
+_LEAD = "UPDATE consent_requests SET prompt_id = id WHERE id = ?"
+
+
+class Status(StrEnum):
+    """Where a request stands; the names of doorward.keybroker.v1.ConsentStatus."""
+
+    PENDING = "pending"
+    PROMPTED = "prompted"
+    GRANTED = "granted"
+    CANCELED = "canceled"
+    TIMED_OUT = "timed_out"
+    BLOCKED = "blocked"
+
+
+_OUTCOMES = frozenset({Status.GRANTED, Status.CANCELED, Status.TIMED_OUT, Status.BLOCKED})
+# Every transition there is. A decision may be faster than the bot's word that it has asked.
+TRANSITIONS: Mapping[Status, frozenset[Status]] = {
+    Status.PENDING: _OUTCOMES | {Status.PROMPTED},
+    Status.PROMPTED: _OUTCOMES,
+    **dict.fromkeys(_OUTCOMES, frozenset()),
+}
+# What the application is told; keys instead when there is no word.
+ERRORS: Mapping[Status, str | None] = {
+    Status.GRANTED: None,
+    Status.CANCELED: "user canceled",
+    Status.TIMED_OUT: "timeout",
+    Status.BLOCKED: "user blocked verification dm",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an application asks, as it came; "" for what is missing."""
+
+    name: str
+    user_id: str
+    callback: str
+    state: str = field(repr=False)
+
+
+class Leased(NamedTuple):
+    """A prompt to be sent, under a lease."""
+
+    request: ConsentRequest
+    keys: list[ListedKey]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one may ask; 0: no limit."""
+
+    open_per_user: int
+    requests_per_address: int
+    requests_per_application: int
+
+
+@dataclass(frozen=True)
+class Consents:
+    """Asks, tells what is asked, and records what was decided."""
+
+    database: Database
+    clock: Clock
+    applications: Applications
+    discord_users: DiscordUsers
+    api_keys: ApiKeys
+    deliveries: Deliveries
+    jobs: Jobs
+    audit: Audit
+    callbacks: Outbound
+    limits: Limits
+    lifetime: timedelta
+    allow_unregistered: bool
+    # Only a hint to look sooner: other processes' requests are found by looking.
+    asked: threading.Event = field(default_factory=threading.Event)
+
+    # Asking
+
+    def request(self, question: Question, caller: Registered | None, address: str) -> int:
+        """Record a question, durably; returns its id. See RequestApiKey for the errors."""
+        name = clean_name(question.name)
+        if not (name and question.user_id and question.callback):
+            raise ParameterMissing
+        discord_user = parse_snowflake(question.user_id)
+        application = self._judge_callback(question.callback, caller)
+        if (
+            len(question.name) > _LONGEST_NAME
+            or len(question.state) > _LONGEST_STATE
+            or len(question.callback) > _LONGEST_CALLBACK
+        ):
+            raise ParameterTooLong
+        if application is None and self.applications.is_known_name(name):
+            raise NameTaken
+        asking = _Asking(
+            discord_user=discord_user,
+            application_id=application.id if application else None,
+            name=application.name if application else name,
+            callback=question.callback,
+            state=question.state.encode(),
+            address=address,
+        )
+        request_id = self.database.write(partial(self._insert, asking))
+        self.asked.set()
+        return request_id
+
+    def _judge_callback(self, url: str, caller: Registered | None) -> Application | None:
+        """The application that asks, None for a stranger. Raises CallbackRejected."""
+        try:
+            callback = Callback.parse(url)
+        except InvalidCallback:
+            raise CallbackRejected from None
+        owner = self.applications.owner_of(callback)
+        if (owner.id if owner else None) != (caller.application_id if caller else None):
+            raise CallbackRejected
+        if owner is None and not self.allow_unregistered:
+            raise CallbackRejected
+        if not self.callbacks.may_connect(callback.host, callback.port):
+            raise CallbackRejected
+        return owner
+
+    def _insert(self, asking: "_Asking") -> int:
+        """Inside a transaction."""
+        now = self.clock.now()
+        together = self.database.execute_all(_OPEN, (asking.discord_user, asking.callback))
+        for request_id, _prompt, state, *_ in together:
+            if state == asking.state:
+                return int(request_id)
+        self._check_limits(asking, now, joins=bool(together))
+        deadline = now + self.lifetime
+        is_blocked = self.database.execute(_IS_BLOCKED, (asking.discord_user, asking.sender)) is not None
+        # Whoever is blocked is not told so, and nobody is asked: it is never leased.
+        prompt_id, status, message, epoch, lease_end = (
+            (together[0][1], *together[0][3:])
+            if together
+            else (None, Status.PENDING, None, 0, to_micros(deadline if is_blocked else now))
+        )
+        row = self.database.execute(
+            _INSERT,
+            (
+                prompt_id,
+                asking.discord_user,
+                asking.application_id,
+                asking.name,
+                asking.callback,
+                asking.state,
+                asking.address,
+                status,
+                epoch,
+                lease_end,
+                message,
+                to_micros(deadline),
+                to_micros(now),
+            ),
+        )
+        assert row is not None  # noqa: S101 - what RETURNING is for
+        request_id = int(row[0])
+        if prompt_id is None:
+            self.database.execute(_LEAD, (request_id,))
+        ends, outcome = (
+            (now + timedelta(seconds=random.uniform(*_FEIGNED_THOUGHT)), Status.CANCELED)  # noqa: S311
+            if is_blocked
+            else (deadline, Status.TIMED_OUT)
+        )
+        self.jobs.queue(DEADLINE, {"request": request_id, "outcome": outcome}, run_at=ends)
+        self.audit.record(asking.sender, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
+        return request_id
+
+    def _check_limits(self, asking: "_Asking", now: datetime, *, joins: bool) -> None:
+        since = to_micros(now - _HOUR)
+        if not joins:
+            of_kind = (asking.discord_user, asking.application_id is None)
+            self._check_limit(self.limits.open_per_user, _PROMPTS, of_kind, self.lifetime)
+        self._check_limit(self.limits.requests_per_address, _OF_ADDRESS, (asking.address, since), _HOUR)
+        if asking.application_id is not None:
+            of_application = (asking.application_id, since)
+            self._check_limit(self.limits.requests_per_application, _OF_APPLICATION, of_application, _HOUR)
+
+    def _check_limit(self, limit: int, sql: str, parameters: Sequence[object], window: timedelta) -> None:
+        if not limit:
+            return
+        row = self.database.execute(sql, parameters)
+        if row is not None and row[0] >= limit:
+            raise TooManyRequests({"retry_after": str(round(window.total_seconds() / limit) or 1)})
+
+    # Prompting
+
+    def lease(self, most: int, lease: timedelta, wait: float) -> list[Leased]:
+        """Take prompts to be sent, at most so many; waits so many seconds for the first."""
+        polls = self.clock.polls(wait, first=0.01, longest=_LONGEST_POLL)
+        while True:
+            leased = self._lease(most, lease)
+            if leased or next(polls, None) is None:
+                return [Leased(request, self._keys_of(request.discord_user)) for request in leased]
+
+    def _lease(self, most: int, lease: timedelta) -> list[ConsentRequest]:
+        now = self.clock.now()
+        leasable = (ConsentRequest.status == Status.PENDING) & (ConsentRequest.lease_expires_at <= now)
+        waiting = ConsentRequest.select().where(leasable).order_by(ConsentRequest.lease_expires_at, ConsentRequest.id)
+        if not self.database.fetch_all(waiting.limit(1)):
+            return []
+        with self.database.writing():
+            first_of: dict[int, ConsentRequest] = {}
+            for request in waiting.limit(most):
+                first_of.setdefault(request.prompt_id or request.id, request)
+            for request in first_of.values():
+                request.lease_epoch += 1
+                ConsentRequest.update(lease_epoch=request.lease_epoch, lease_expires_at=now + lease).where(
+                    ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
+                ).execute()
+            return list(first_of.values())
+
+    def mark_prompted(self, request_id: int, lease_epoch: int, message: str) -> None:
+        """The prompt was sent. Raises ConsentRequestNotFound, RequestFinished, LeaseLost."""
+        with self.database.writing():
+            request = self._get(request_id)
+            if not TRANSITIONS[Status(request.status)]:
+                raise RequestFinished
+            if request.lease_epoch != lease_epoch:
+                raise LeaseLost
+            ConsentRequest.update(status=Status.PROMPTED, message=message).where(
+                ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
+            ).execute()
+
+    # Deciding
+
+    def resolve(self, request_id: int, outcome: Status, key_ids: Sequence[int] = (), *, actor: str) -> Status:
+        """Record an outcome for all requests that share the prompt; the first one wins, and is returned.
+
+        Raises ConsentRequestNotFound, KeyNotFound.
+        """
+        with self.database.writing():
+            request = self._get(request_id)
+            if request.finished_at is None:
+                if outcome is Status.GRANTED:
+                    self._require_keys(request.discord_user, key_ids)
+                together = ConsentRequest.select().where(
+                    ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
+                )
+                for one in list(together):
+                    self._finish(one, outcome, key_ids, actor)
+                return outcome
+            return Status(request.status)
+
+    def end(self, payload: Payload) -> None:
+        """The job at a request's deadline."""
+        with self.database.writing():
+            request = ConsentRequest.get_or_none(ConsentRequest.id == payload["request"])
+            if request is not None and request.finished_at is None:
+                self._finish(request, Status(payload["outcome"]), (), "doorward")
+
+    def _finish(self, request: ConsentRequest, outcome: Status, key_ids: Sequence[int], actor: str) -> None:
+        """Inside a transaction: the outcome and its delivery."""
+        if outcome not in TRANSITIONS[Status(request.status)]:
+            raise RequestFinished
+        now = self.clock.now()
+        ConsentRequest.update(status=outcome, finished_at=now).where(ConsentRequest.id == request.id).execute()
+        if outcome is Status.GRANTED:
+            user = self.discord_users.find(request.discord_user)
+            grant = Grant.create(request=request, user=user, created_at=now)
+            for position, key_id in enumerate(dict.fromkeys(key_ids)):
+                GrantKey.create(grant=grant, key=key_id, position=position)
+        self.deliveries.queue(request, ERRORS[outcome])
+        self.audit.record(
+            actor,
+            f"consent.{outcome}",
+            f"request:{request.id}",
+            discord_user=request.discord_user,
+            application=sender_of(request),
+            keys=list(key_ids),
+        )
+
+    def _require_keys(self, discord_user: str, key_ids: Sequence[int]) -> None:
+        user = self.discord_users.find(discord_user)
+        own = {key.id for key in ApiKey.select(ApiKey.id).where(ApiKey.user == user.id)} if user else set()
+        if not key_ids or not own.issuperset(key_ids):
+            raise KeyNotFound
+
+    # Telling
+
+    def get(self, request_id: int) -> ConsentRequest:
+        """Raises ConsentRequestNotFound."""
+        query = ConsentRequest.select().where(ConsentRequest.id == request_id)
+        for request in self.database.fetch_all(query):
+            return request  # type: ignore[no-any-return]
+        raise ConsentRequestNotFound
+
+    def requests_of(self, discord_user: str) -> list[ConsentRequest]:
+        """A user's requests, the latest first, at most a hundred."""
+        query = ConsentRequest.select().where(ConsentRequest.discord_user == parse_snowflake(discord_user))
+        return self.database.fetch_all(query.order_by(ConsentRequest.id.desc()).limit(100))
+
+    def _get(self, request_id: int) -> ConsentRequest:
+        request = ConsentRequest.get_or_none(ConsentRequest.id == request_id)
+        if request is None:
+            raise ConsentRequestNotFound
+        return request
+
+    def _keys_of(self, discord_user: str) -> list[ListedKey]:
+        user = self.discord_users.find(discord_user)
+        return self.api_keys.list(user) if user else []
+
+    # Sharing
+
+    def grants(self, user: User) -> list[tuple[Grant, list[int]]]:
+        """What a user shares and has not revoked, with the ids of the keys in order."""
+        query = Grant.select(Grant, ConsentRequest).join(ConsentRequest)
+        query = query.where(Grant.user == user.id, Grant.revoked_at.is_null()).order_by(Grant.id.desc())
+        return [(grant, self._key_ids(grant)) for grant in self.database.fetch_all(query)]
+
+    def revoke_grant(self, user: User, grant_id: int, *, actor: str) -> None:
+        """End a grant; what is still to be delivered goes without its keys. Raises GrantNotFound."""
+        own = (Grant.id == grant_id) & (Grant.user == user.id) & Grant.revoked_at.is_null()
+        with self.database.writing():
+            if not Grant.update(revoked_at=self.clock.now()).where(own).execute():
+                raise GrantNotFound
+            self.audit.record(actor, "grant.revoked", f"grant:{grant_id}", user=user.id)
+
+    def block(self, user: User, request_id: int, *, actor: str) -> None:
+        """Keep the application of a request from asking the user again. Raises ConsentRequestNotFound."""
+        with self.database.writing():
+            sender = sender_of(self._get(request_id))
+            ApplicationBlock.insert(
+                user=user.id, application=sender, created_at=self.clock.now()
+            ).on_conflict_ignore().execute()
+            self.audit.record(actor, "application.blocked", f"user:{user.id}", application=sender)
+
+    def _key_ids(self, grant: Grant) -> list[int]:
+        query = GrantKey.select().where(GrantKey.grant == grant.id).order_by(GrantKey.position)
+        return [row.key_id for row in self.database.fetch_all(query)]
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A question whose parts are in order."""
+
+    discord_user: str
+    application_id: str | None
+    name: str
+    callback: str
+    state: bytes
+    address: str
+
+    @property
+    def sender(self) -> str:
+        return _sender(self.application_id, self.callback)
+
+
+def sender_of(request: ConsentRequest) -> str:
+    """Who asks: a registered application by its id, a stranger by its exact callback."""
+    return _sender(request.application_id, request.callback)
+
+
+def _sender(application_id: str | None, callback: str) -> str:
+    return f"app:{application_id}" if application_id is not None else f"callback:{callback}"
+
+
+def callback_host(request: ConsentRequest) -> Any:
+    """Where the keys are sent, for people: the callback's host."""
+    return Callback.parse(request.callback).host
