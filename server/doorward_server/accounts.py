@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from doorward_server.api_keys import ApiKeys
 from doorward_server.audit import Audit
+from doorward_server.consents import Consents
 from doorward_server.database import Database
 from doorward_server.errors import UserNotFound
 from doorward_server.identities import Identities, Profile
@@ -24,6 +26,8 @@ class Accounts:
     identities: Identities
     integrations: Integrations
     sessions: Sessions
+    api_keys: ApiKeys
+    consents: Consents
     audit: Audit
 
     # For API clients
@@ -86,6 +90,27 @@ class Accounts:
                     "needs_reauth": connection.needs_reauth,
                 }
                 for connection in self.integrations.connections(user.id)
+            ],
+            "keys": [
+                {
+                    "id": listed.key.id,
+                    "service": listed.key.service,
+                    "label": listed.key.label,
+                    "account": listed.key.account,
+                    "permissions": listed.key.permissions,
+                    "created": _time(listed.key.created_at),
+                }
+                for listed in self.api_keys.list(user)
+            ],
+            "grants": [
+                {
+                    "id": grant.id,
+                    "application": grant.request.name,
+                    "callback": grant.request.callback,
+                    "keys": key_ids,
+                    "created": _time(grant.created_at),
+                }
+                for grant, key_ids in self.consents.grants(user)
             ],
             "sessions": [
                 {"id": session.id, "created": _time(session.created_at), "expires": _time(session.expires_at)}

@@ -77,6 +77,10 @@ class ApiKeys:
             self._record(key, actor, "key.added")
         return key
 
+    def adopt(self, user_id: int, by: int) -> None:
+        """Pass a user's keys to another user, inside the caller's transaction; be they more than one may add."""
+        ApiKey.update(user=by).where(ApiKey.user == user_id).execute()
+
     def remove(self, user: User, key_id: int, *, actor: str) -> None:
         """Forget a key, with its place in all grants. Raises KeyNotFound."""
         with self.database.writing():
@@ -94,7 +98,11 @@ class ApiKeys:
 
     def list(self, user: User, service: str | None = None) -> list[ListedKey]:
         """A user's keys, in the order in which they were added."""
-        return [ListedKey(row, _end(self._open(row))) for row in self._of(user, service)]
+        return [self.listed(key) for key in self._of(user, service)]
+
+    def listed(self, key: ApiKey) -> ListedKey:
+        """A key as its owner may see it."""
+        return ListedKey(key, _end(self._open(key)))
 
     def _of(self, user: User, service: str | None) -> Sequence[ApiKey]:
         query = ApiKey.select().where(ApiKey.user == user.id)

@@ -192,6 +192,7 @@ class App:
             users=self.users,
             sessions=self.sessions,
             failures=self.log_in_failures,
+            adoptions=(self.api_keys.adopt, self.consents.adopt),
         )
 
     @cached_property
@@ -205,7 +206,16 @@ class App:
 
     @cached_property
     def accounts(self) -> Accounts:
-        return Accounts(self.database, self.users, self.identities, self.integrations, self.sessions, self.audit)
+        return Accounts(
+            database=self.database,
+            users=self.users,
+            identities=self.identities,
+            integrations=self.integrations,
+            sessions=self.sessions,
+            api_keys=self.api_keys,
+            consents=self.consents,
+            audit=self.audit,
+        )
 
     @cached_property
     def callback_outbound(self) -> Outbound:

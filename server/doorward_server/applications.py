@@ -250,7 +250,7 @@ def _checked_prefixes(prefixes: Sequence[str]) -> Sequence[str]:
         try:
             Callback.parse_prefix(prefix)
         except InvalidCallback as error:
-            raise OperatorError(f'the callback prefix "{prefix}" is not valid: {error}') from None
+            raise OperatorError(f'the callback prefix "{clean_name(prefix)}" is not valid: {error}') from None
         if len(prefix) > _LONGEST_PREFIX:
             raise OperatorError(f"a callback prefix has at most {_LONGEST_PREFIX} characters")
     return [*dict.fromkeys(prefixes)]

@@ -158,7 +158,12 @@ def _port(text: str | None, scheme: str) -> int:
 
 
 def _readings(path: bytes) -> Iterator[Reading]:
-    """The path as every kind of server has it that we can think of."""
+    """The path as every kind of server has it that we can think of, which may be sent with its dots resolved."""
+    yield from _readings_as_sent(path)
+    yield from _readings_as_sent(b"/" + b"/".join(_resolve(path.split(b"/")[1:])))
+
+
+def _readings_as_sent(path: bytes) -> Iterator[Reading]:
     for _ in range(_MOST_DECODINGS):
         for merges_slashes, knows_backslashes, drops_parameters in product((False, True), repeat=3):
             yield _read(
@@ -186,13 +191,21 @@ def _read(
         parts = map(unquote_to_bytes, parts)
     if drops_parameters:
         parts = (part.partition(b";")[0] for part in parts)
+    if merges_slashes:
+        parts = filter(None, parts)
+    segments = _resolve(parts)
+    return tuple(segments[:-1] if segments[-1:] == [b""] else segments)
+
+
+def _resolve(parts: Iterable[bytes]) -> list[bytes]:
+    """Remove dot segments (RFC 3986, section 5.2.4)."""
     segments: list[bytes] = []
     for part in parts:
         if part == b"..":
             del segments[-1:]
-        elif part != b"." and (part or not merges_slashes):
+        elif part != b".":
             segments.append(part)
-    return tuple(segments[:-1] if segments[-1:] == [b""] else segments)
+    return segments
 
 
 def _is_under(reading: Reading, prefix: Callback) -> bool:

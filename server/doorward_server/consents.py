@@ -397,6 +397,14 @@ class Consents:
             ).on_conflict_ignore().execute()
             self.audit.record(actor, "application.blocked", f"user:{user.id}", application=sender)
 
+    def adopt(self, user_id: int, by: int) -> None:
+        """Pass a user's grants and blocks to another user, inside the caller's transaction."""
+        Grant.update(user=by).where(Grant.user == user_id).execute()
+        known = ApplicationBlock.select(ApplicationBlock.application).where(ApplicationBlock.user == by)
+        ApplicationBlock.update(user=by).where(
+            ApplicationBlock.user == user_id, ApplicationBlock.application.not_in([row.application for row in known])
+        ).execute()
+
     def _key_ids(self, grant: Grant) -> list[int]:
         query = GrantKey.select().where(GrantKey.grant == grant.id).order_by(GrantKey.position)
         return [row.key_id for row in self.database.fetch_all(query)]

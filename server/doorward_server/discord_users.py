@@ -8,9 +8,10 @@ from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.errors import InvalidUserId
 from doorward_server.models import OAuthIdentity, User
+from doorward_server.providers import DISCORD
 
 # The provider of their identities; the subject is the snowflake's decimal text.
-PROVIDER = "discord"
+PROVIDER = DISCORD
 _MOST_DIGITS = 20
 _FIND = User.select_sql("WHERE id = (SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?)")
 

@@ -4,7 +4,7 @@ Owns the table `oauth_identities`. Imports `oauth`, `provider_registry`, `sessio
 `models` and below.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +51,9 @@ _LINKED = """
 SELECT user_id, (SELECT count(*) FROM oauth_identities WHERE user_id = ?) FROM oauth_identities
 WHERE provider = ? AND subject = ?
 """
+_IS_NOBODY_S = "SELECT 1 FROM users WHERE id = ? AND client_id IS NULL"
+_ADOPT = "UPDATE oauth_identities SET user_id = ? WHERE user_id = ?"
+_DELETE_USER = "DELETE FROM users WHERE id = ?"
 _OWNER = "SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?"
 _USER_OF = User.select_sql(f"WHERE id = ({_OWNER})")
 _OF_USER = OAuthIdentity.select_sql("WHERE user_id = ? ORDER BY id")
@@ -84,6 +87,8 @@ class Identities:
     users: Users
     sessions: Sessions
     failures: FailureLimit
+    # What else passes from one user (id) to another, each by its owner.
+    adoptions: Sequence[Callable[[int, int], None]]
 
     def profile(self, user: User) -> Profile:
         """What the documents show of a user."""
@@ -106,10 +111,24 @@ class Identities:
             raise ProviderNotFound  # removed meanwhile: a later one of the same id may be another service
         self.database.execute(_LINK, (user.id, provider.id, subject, to_micros(self.clock.now())))
         linked = self.database.execute(_LINKED, (user.id, provider.id, subject))
-        if linked is None or linked[0] != user.id:
+        if linked is None:
             raise IdentityTaken
+        if linked[0] != user.id:
+            self._adopt(linked[0], user.id)
         if linked[1] > _MOST_IDENTITIES:
             raise TooManyIdentities
+
+    def _adopt(self, owner_id: int, user_id: int) -> None:
+        """Let a user have what belongs to nobody's user: a Discord user, made before any client knew the person.
+
+        Inside a transaction. Raises IdentityTaken when the owner is somebody's.
+        """
+        if self.database.execute(_IS_NOBODY_S, (owner_id,)) is None:
+            raise IdentityTaken
+        for adopt in self.adoptions:
+            adopt(owner_id, user_id)
+        self.database.execute(_ADOPT, (user_id, owner_id))
+        self.database.execute(_DELETE_USER, (owner_id,))
 
     def remove(self, client_id: str, handle: str, provider_id: str, subject: str) -> Profile:
         """Unlink an account. Raises UserNotFound, NotYourUser, IdentityNotFound."""

@@ -16,7 +16,7 @@ from doorward_server.crypto import KeyRing, Place
 from doorward_server.database import Database
 from doorward_server.errors import OperatorError, ProviderNotFound
 from doorward_server.models import Connection, OAuthIdentity, StoredProvider
-from doorward_server.providers import Provider
+from doorward_server.providers import DISCORD, Provider
 
 _TAKEN = "there is a provider {} already: remove it first, or choose another id"
 _LIST = "SELECT id, settings, client_secret FROM providers"
@@ -99,11 +99,15 @@ class ProviderRegistry:
                     f"{linked} of the users' identities are at the provider {provider_id}: "
                     "give --unlink to remove these, too"
                 )
-            OAuthIdentity.delete().where(OAuthIdentity.provider == provider_id).execute()
+            if linked:
+                OAuthIdentity.delete().where(OAuthIdentity.provider == provider_id).execute()
             if not StoredProvider.delete().where(StoredProvider.provider == provider_id).execute() and not linked:
                 raise ProviderNotFound
 
     def _count_linked(self, provider_id: str) -> int:
+        """How many identities a removal would leave behind. Discord's are known without a provider, too."""
+        if provider_id == DISCORD:
+            return 0
         return int(OAuthIdentity.select().where(OAuthIdentity.provider == provider_id).count())
 
 

@@ -14,6 +14,8 @@ import idna
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 KAI_TYPES = ("flo", "min", "eag")
+# The provider of the identities of people in Discord, whether it is configured or not.
+DISCORD = "discord"
 _NO_BLANKS = re.compile(r"[^\s\x00-\x1f\x7f]+")
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
 # `<%= accessToken %>` is how templates of other programs write it.

@@ -31,7 +31,7 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
 from doorward_server.settings import GrpcSection
-from tests.bench import linking, load, stack
+from tests.bench import consenting, linking, load, stack
 from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
@@ -46,6 +46,7 @@ _HTTP_CONNECTIONS = 32
 _LEAST_OF_ECHO = 0.75
 _LEAST_OF_ECHO_LOGGING = 0.60
 _LEAST_OF_GET = 0.5
+_LEAST_OF_INSERT = 0.7
 _MOST_FOR_BASIC = 60e-6
 _FLAT_WITHIN = 1.2
 _MOST_MEMORY = 120_000_000
@@ -154,6 +155,8 @@ class Outcome:
     get: Contender
     link: Contender
     basic: float
+    insert: Contender
+    accept: Contender
 
 
 def _run(options: Options, say: Callable[[str], None]) -> Outcome:
@@ -192,7 +195,12 @@ def _run(options: Options, say: Callable[[str], None]) -> Outcome:
             linking.contenders(folder, server_core, load_core, connections=_CONNECTIONS, streams=_STREAMS)
         )
         _measure_rounds((get, link), options, say)
-        return Outcome(*contenders, rest, envoy_cpu_per_answer, resident, get, link, basic)
+        say("requests for keys")
+        insert, accept = enter(
+            consenting.accepting(folder, server_core, connections=_CONNECTIONS, streams=_STREAMS, threads=_THREADS)
+        )
+        _measure_rounds((insert, accept), options, say)
+        return Outcome(*contenders, rest, envoy_cpu_per_answer, resident, get, link, basic, insert, accept)
 
 
 def _measure_rounds(contenders: Sequence[Contender], options: Options, say: Callable[[str], None]) -> None:
@@ -259,6 +267,11 @@ def _table(outcome: Outcome) -> Table:
     ratio = link.ratio(get)
     by_cpu = f"{link.cpu_ratio(get):.2f}"
     _add(table, link, f"{ratio:.2f} of GET", f"≥ {_LEAST_OF_GET}", ratio >= _LEAST_OF_GET, by_cpu)
+    insert, accept = outcome.insert, outcome.accept
+    _add(table, insert, "", "", None, "")
+    ratio = accept.ratio(insert)
+    by_cpu = f"{accept.cpu_ratio(insert):.2f}"
+    _add(table, accept, f"{ratio:.2f} of insert", f"≥ {_LEAST_OF_INSERT}", ratio >= _LEAST_OF_INSERT, by_cpu)
     quick_enough = outcome.basic <= _MOST_FOR_BASIC
     table.add_row("  Basic", "", _micros(outcome.basic), f"≤ {_micros(_MOST_FOR_BASIC)}", _mark(quick_enough))
     return table

@@ -6,10 +6,9 @@ import itertools
 import json
 import sqlite3
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -23,7 +22,7 @@ from doorward_server.rpc.interceptors import Authenticator
 from doorward_server.rpc.policy import read_policies
 from tests.bench import load, stack
 from tests.bench.contenders import Contender, fetching_contender, server_contender
-from tests.processes import BIN, clean_environment, free_port, running
+from tests.processes import free_port, running
 
 _METHOD = "/doorward.identity.v1.IdentityService/AddOAuthIdentity"
 _PROVIDER = "instant"
@@ -59,10 +58,9 @@ def contenders(
             provider = opened.enter_context(running(command, folder / "provider.log"))
         provider.await_output("serving")
         home = folder / "linking"
-        environment = clean_environment({"DOORWARD_HOME": str(home)})
         settings = _SETTINGS.format(port=port, calls=calls, provider=_PROVIDER, url=url)
-        _doorward(environment, "init", "--settings", "-", text=settings)
-        client = json.loads(_doorward(environment, "client", "create", "--name", "bench", "--json"))
+        stack.doorward(home, "init", "--settings", "-", text=settings)
+        client = json.loads(stack.doorward(home, "client", "create", "--name", "bench", "--json"))
         with contextlib.closing(sqlite3.connect(home / "doorward.db")) as database, database:
             database.execute(_INSERT, {"users": _USERS, "client": client["id"]})
         basic = "Basic " + base64.b64encode(f"{client['id']}:{client['secret']}".encode()).decode()
@@ -81,19 +79,6 @@ def contenders(
             server_contender("AddOAuthIdentity", peer.cpu, lambda: _verify(peer.socket, basic, next(users)), connect),
             _basic_seconds(home, basic),
         )
-
-
-def _doorward(environment: Mapping[str, str], *arguments: str, text: str = "") -> str:
-    done = subprocess.run(
-        [BIN / "doorward", *arguments],
-        env=dict(environment),
-        input=text,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.stdout
 
 
 def _request(user: int) -> pb.AddOAuthIdentityRequest:

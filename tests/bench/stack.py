@@ -101,11 +101,24 @@ def on_core(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def doorward(home: Path, *arguments: str, text: str = "") -> str:
+    """Run `doorward` on a home; what it prints."""
+    done = subprocess.run(
+        [BIN / "doorward", *arguments],
+        env=clean_environment({"DOORWARD_HOME": str(home)}),
+        input=text,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
 def make_home(path: Path, connections: int, dice: random.Random) -> Home:
     """A home with a settings file, a key, and a database with so many connections."""
     for command in ("init", "migrate"):
-        environment = clean_environment({"DOORWARD_HOME": str(path)})
-        subprocess.run([BIN / "doorward", command], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        doorward(path, command)
     return Home(path, _seed(path / "doorward.db", connections // len(_PROVIDERS), dice))
 
 

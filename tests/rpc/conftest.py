@@ -20,6 +20,7 @@ from google.rpc.status_pb2 import Status
 from doorward_server import models
 from doorward_server import settings as settings_module
 from doorward_server.app import SERVICES, App
+from doorward_server.applications import CallbackFormat
 from doorward_server.clock import Clock
 from doorward_server.settings import Settings
 from tests.sandbox.client import SandboxProvider
@@ -109,6 +110,7 @@ class House:
     socket: str
     ports: list[int] = field(default_factory=list)
     _people: int = 0
+    _applications: int = 0
 
     @property
     def app(self) -> App:
@@ -129,14 +131,26 @@ class House:
         row, secret = self.app.clients.create("Client")
         return self.known(Client(row.id, secret))
 
+    def application(self, *prefixes: str, name: str = "", form: CallbackFormat = "form") -> Client:
+        """A new registered application, with the id and the secret of its Basic credentials."""
+        self._applications += 1
+        number = self._applications
+        made = self.app.applications.create(
+            name or f"Application {number}", prefixes or [f"https://app-{number}.example/cb"], form
+        )
+        self.secrets.add(made.signing_secret)
+        return self.known(Client(made.application.id, made.secret))
+
     def known(self, client: Client) -> Client:
         """The same client, whose secret no log may hold."""
         self.secrets |= {client.secret, client.headers["authorization"].removeprefix("Basic ")}
         return client
 
-    def service_token(self, *roles: str, lifetime: timedelta | None = None) -> tuple[int, str]:
+    def service_token(
+        self, *roles: str, lifetime: timedelta | None = None, application_id: str | None = None
+    ) -> tuple[int, str]:
         """A token's id and value."""
-        token, value = self.app.service_tokens.create(roles, lifetime=lifetime)
+        token, value = self.app.service_tokens.create(roles, lifetime=lifetime, application_id=application_id)
         self.secrets.add(value)
         return token.id, value
 

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from doorward.auth.v1 import policy_pb2
 from doorward.identity.v1 import identity_service_pb2 as identity
 from doorward.integration.v1 import integration_service_pb2 as pb
+from doorward.keybroker.v1 import keybroker_service_pb2 as keybroker
 from doorward_server import service_tokens
 from doorward_server.app import SERVICES
 from doorward_server.rpc.policy import read_policies
@@ -25,9 +26,22 @@ grpc_max_workers = 8
 
 _INTEGRATION = "/doorward.integration.v1.IntegrationService"
 _IDENTITY = "/doorward.identity.v1.IdentityService"
+_KEYBROKER = "/doorward.keybroker.v1.KeyBrokerService"
 _PASS = "PASS"
 _TRANSPORTS = ("socket", "tcp")
-_OWNERS = ("self", "session", "client", "anyone or client", "backend")
+_OWNERS = (
+    "self",
+    "session",
+    "client",
+    "anyone or client",
+    "application",
+    "anyone or application",
+    "backend",
+    "bot",
+    "operator",
+)
+# A Discord user of whom nothing is known.
+_NOBODY = "80351110224678912"
 
 # Every RPC: whose it is, a request that names the person, and what one who passes is told.
 RPCS: dict[str, tuple[str, Callable[[Person], Message], str]] = {
@@ -101,79 +115,194 @@ RPCS: dict[str, tuple[str, Callable[[Person], Message], str]] = {
         lambda person: identity.CreateSessionRequest(user=person.slug),
         "OK",
     ),
+    f"{_KEYBROKER}/RequestApiKeyForm": (
+        "anyone or application",
+        lambda _: keybroker.RequestApiKeyFormRequest(),
+        "OK",
+    ),
+    f"{_KEYBROKER}/RequestApiKey": (
+        "application",
+        lambda _: keybroker.RequestApiKeyRequest(),
+        "INVALID_ARGUMENT PARAMETER_MISSING",
+    ),
+    f"{_KEYBROKER}/AddApiKey": (
+        "bot",
+        lambda _: keybroker.AddApiKeyRequest(),
+        "INVALID_ARGUMENT INVALID_USER_ID",
+    ),
+    f"{_KEYBROKER}/ListApiKeys": (
+        "bot",
+        lambda _: keybroker.ListApiKeysRequest(discord_user_id=_NOBODY),
+        "OK",
+    ),
+    f"{_KEYBROKER}/DeleteApiKey": (
+        "bot",
+        lambda _: keybroker.DeleteApiKeyRequest(discord_user_id=_NOBODY, key_id=1),
+        "NOT_FOUND KEY_NOT_FOUND",
+    ),
+    f"{_KEYBROKER}/LeaseConsentRequests": (
+        "bot",
+        lambda _: keybroker.LeaseConsentRequestsRequest(),
+        "OK",
+    ),
+    f"{_KEYBROKER}/MarkPrompted": (
+        "bot",
+        lambda _: keybroker.MarkPromptedRequest(),
+        "NOT_FOUND CONSENT_REQUEST_NOT_FOUND",
+    ),
+    f"{_KEYBROKER}/ResolveConsentRequest": (
+        "bot",
+        lambda _: keybroker.ResolveConsentRequestRequest(),
+        "NOT_FOUND CONSENT_REQUEST_NOT_FOUND",
+    ),
+    f"{_KEYBROKER}/GetConsentRequest": (
+        "bot",
+        lambda _: keybroker.GetConsentRequestRequest(),
+        "NOT_FOUND CONSENT_REQUEST_NOT_FOUND",
+    ),
+    f"{_KEYBROKER}/ListGrants": (
+        "bot",
+        lambda _: keybroker.ListGrantsRequest(discord_user_id=_NOBODY),
+        "OK",
+    ),
+    f"{_KEYBROKER}/RevokeGrant": (
+        "bot",
+        lambda _: keybroker.RevokeGrantRequest(discord_user_id=_NOBODY, grant_id=1),
+        "NOT_FOUND GRANT_NOT_FOUND",
+    ),
+    f"{_KEYBROKER}/BlockApplication": (
+        "bot",
+        lambda _: keybroker.BlockApplicationRequest(),
+        "INVALID_ARGUMENT INVALID_USER_ID",
+    ),
+    f"{_KEYBROKER}/ListDeliveries": (
+        "operator",
+        lambda _: keybroker.ListDeliveriesRequest(),
+        "OK",
+    ),
+    f"{_KEYBROKER}/RedeliverDelivery": (
+        "operator",
+        lambda _: keybroker.RedeliverDeliveryRequest(),
+        "NOT_FOUND DELIVERY_NOT_FOUND",
+    ),
 }
 
 _NO_SESSION, _NO_TOKEN = "UNAUTHENTICATED NO_SESSION", "UNAUTHENTICATED NO_SERVICE_TOKEN"
 _SESSION, _TOKEN = "PERMISSION_DENIED SESSION_REQUIRED", "PERMISSION_DENIED SERVICE_TOKEN_REQUIRED"
 _NOT_SELF, _ROLE = "PERMISSION_DENIED NOT_SELF", "PERMISSION_DENIED ROLE_REQUIRED"
-_NO_CLIENT = "UNAUTHENTICATED NO_API_CLIENT"
+_NO_CLIENT, _NO_APP = "UNAUTHENTICATED NO_API_CLIENT", "UNAUTHENTICATED NO_APPLICATION"
+
+# What those who hold no service token are told where one is needed: nobody's is read over the gateway's socket.
+_NO_TOKENS, _COOKIES = (_NO_TOKEN,) * 3, (_TOKEN,) * 3
+# What RPCs for applications tell those who are none: a stranger is served through the gateway only.
+_STRANGER, _OUTSIDER = (_NO_APP, _PASS), (_NO_APP, _TOKEN)
 
 # Every kind of caller, over each transport: what the RPCs of each owner answer, in the order of _OWNERS.
-CALLERS: dict[tuple[str, str], tuple[str, str, str, str, str]] = {
-    ("nobody", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _NO_TOKEN),
-    ("own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _PASS, _TOKEN),
-    ("another's session", "socket"): (_NOT_SELF, _PASS, _NO_CLIENT, _PASS, _TOKEN),
-    ("unknown cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
-    ("empty cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
-    ("expired session", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
-    ("revoked session", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
-    ("client", "socket"): (_SESSION, _SESSION, _PASS, _PASS, _NO_TOKEN),
-    ("client with an old secret", "socket"): (_SESSION, _SESSION, _PASS, _PASS, _NO_TOKEN),
-    ("client and own session", "socket"): (_PASS, _PASS, _PASS, _PASS, _TOKEN),
+CALLERS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("nobody", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_NO_TOKENS),
+    ("own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("another's session", "socket"): (_NOT_SELF, _PASS, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("unknown cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("empty cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("expired session", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("revoked session", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("client", "socket"): (_SESSION, _SESSION, _PASS, _PASS, *_STRANGER, *_NO_TOKENS),
+    ("client with an old secret", "socket"): (_SESSION, _SESSION, _PASS, _PASS, *_STRANGER, *_NO_TOKENS),
+    ("client and own session", "socket"): (_PASS, _PASS, _PASS, _PASS, *_STRANGER, *_COOKIES),
     # Credentials that are presented have to be right, also where none are needed.
-    ("wrong secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("wrong secret and own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, _TOKEN),
-    ("expired secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("another client's secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("unknown client", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("disabled client", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("malformed basic", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("empty authorization", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("secret as bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("secret as cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
-    ("unknown bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("session as bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("token as cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, _TOKEN),
+    ("wrong secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("wrong secret and own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_COOKIES),
+    ("expired secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("another client's secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("unknown client", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("disabled client", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("malformed basic", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("empty authorization", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("secret as bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("secret as cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
+    ("unknown bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("session as bearer", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("token as cookie", "socket"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _PASS, *_STRANGER, *_COOKIES),
     # A service token that comes through the gateway is none.
-    ("backend token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("backend and bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("operator token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("expired token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("revoked token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("own session and backend token", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, _TOKEN),
+    ("backend token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("backend and bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("operator token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("expired token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("revoked token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("own session and backend token", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_COOKIES),
+    # An application is one by Basic here; elsewhere it is nobody, and presents what is no client's.
+    ("application", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS, _PASS, *_NO_TOKENS),
+    ("application with an old secret", "socket"): (
+        _SESSION,
+        _SESSION,
+        _NO_CLIENT,
+        _NO_CLIENT,
+        _PASS,
+        _PASS,
+        *_NO_TOKENS,
+    ),
+    ("application and own session", "socket"): (_PASS, _PASS, _NO_CLIENT, _NO_CLIENT, _PASS, _PASS, *_COOKIES),
+    # Wrong credentials make a stranger of whoever may be one.
+    ("wrong application secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("expired application secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("another application's secret", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("disabled application", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("application's token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("application's bot token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
+    ("disabled application's token", "socket"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_STRANGER, *_NO_TOKENS),
     # A cookie that does not come through the gateway is none.
-    ("nobody", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("own session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("another's session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("unknown cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("empty cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("expired session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("revoked session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("secret as cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
-    ("token as cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, _NO_TOKEN),
+    ("nobody", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("own session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("another's session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("unknown cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("empty cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("expired session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("revoked session", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("secret as cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
+    ("token as cookie", "tcp"): (_NO_SESSION, _NO_SESSION, _NO_CLIENT, _TOKEN, *_OUTSIDER, *_NO_TOKENS),
     # And so are Basic credentials, right ones too.
-    ("client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("client with an old secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("client and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("wrong secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("wrong secret and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("expired secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("another client's secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("unknown client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("disabled client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("malformed basic", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("empty authorization", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("secret as bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("unknown bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("session as bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("backend token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS),
-    ("backend and bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS),
-    ("bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _ROLE),
-    ("operator token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _ROLE),
-    ("expired token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("revoked token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _NO_TOKEN),
-    ("own session and backend token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS),
+    ("client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("client with an old secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("client and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("wrong secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("wrong secret and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("expired secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("another client's secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("unknown client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("disabled client", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("malformed basic", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("empty authorization", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("secret as bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("unknown bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("session as bearer", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("backend token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, _PASS, _ROLE, _ROLE),
+    ("backend and bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, _PASS, _PASS, _ROLE),
+    ("bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, _ROLE, _PASS, _ROLE),
+    ("operator token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, _ROLE, _ROLE, _PASS),
+    ("expired token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("revoked token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("own session and backend token", "tcp"): (
+        _SESSION,
+        _SESSION,
+        _NO_CLIENT,
+        _NO_CLIENT,
+        *_OUTSIDER,
+        _PASS,
+        _ROLE,
+        _ROLE,
+    ),
+    ("application", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("application with an old secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("application and own session", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("wrong application secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("expired application secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("another application's secret", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    ("disabled application", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
+    # Its token makes an application of whoever holds it, and nothing else that its roles do not.
+    ("application's token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS, _PASS, _ROLE, _ROLE, _ROLE),
+    ("application's bot token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, _PASS, _PASS, _ROLE, _PASS, _ROLE),
+    ("disabled application's token", "tcp"): (_SESSION, _SESSION, _NO_CLIENT, _NO_CLIENT, *_OUTSIDER, *_NO_TOKENS),
 }
 # Of each owner a caller who passes, and where.
 PASSING = {
@@ -181,8 +310,14 @@ PASSING = {
     "session": ("own session", "socket"),
     "client": ("client", "socket"),
     "anyone or client": ("nobody", "socket"),
+    "application": ("application", "socket"),
+    "anyone or application": ("nobody", "socket"),
     "backend": ("backend token", "tcp"),
+    "bot": ("bot token", "tcp"),
+    "operator": ("operator token", "tcp"),
 }
+# What HTTP callers are asked for.
+_CHALLENGED = {_NO_CLIENT, _NO_APP}
 
 
 def outcome_of(caller: str, transport: str, method: str) -> str:
@@ -231,6 +366,7 @@ class Callers:
             "own session and backend token": own + bearer(backend),
             **{f"{name} token": bearer(value) for name, value in tokens.items()},
             **_clients(house, client, own),
+            **_applications(house, own),
         }
 
 
@@ -255,6 +391,27 @@ def _clients(house: House, client: Client, own: Metadata) -> dict[str, Metadata]
         "empty authorization": (("authorization", ""),),
         "secret as bearer": bearer(client.secret),
         "secret as cookie": cookie(client.secret),
+    }
+
+
+def _applications(house: House, own: Metadata) -> dict[str, Metadata]:
+    """The credentials of an application, of other ones, and of none."""
+    applications = house.app.applications
+    ours, other, disabled, brief = (house.application() for _ in range(4))
+    applications.enable(disabled.id, enabled=False)
+    applications.rotate(brief.id, timedelta(0))
+    new = house.known(Client(ours.id, applications.rotate(ours.id, timedelta(days=1))))
+    return {
+        "application": basic(new),
+        "application with an old secret": basic(ours),
+        "application and own session": own + basic(new),
+        "wrong application secret": basic(Client(ours.id, "das_wrong")),
+        "expired application secret": basic(brief),
+        "another application's secret": basic(Client(ours.id, other.secret)),
+        "disabled application": basic(disabled),
+        "application's token": bearer(house.service_token(application_id=ours.id)[1]),
+        "application's bot token": bearer(house.service_token("bot", application_id=ours.id)[1]),
+        "disabled application's token": bearer(house.service_token("bot", application_id=disabled.id)[1]),
     }
 
 
@@ -289,7 +446,7 @@ def test_who_may_call(
     result = call(channels[transport], method, make_request(callers.person), callers.metadata[caller])
     assert result.short == outcome
     assert result.domain == ("" if result.code == "OK" else "doorward")
-    assert result.trailers.get("www-authenticate") == ('Basic realm="doorward"' if outcome == _NO_CLIENT else None)
+    assert result.trailers.get("www-authenticate") == ('Basic realm="doorward"' if outcome in _CHALLENGED else None)
 
 
 FORGED: dict[str, Metadata] = {
@@ -302,7 +459,7 @@ FORGED: dict[str, Metadata] = {
 
 
 @pytest.mark.parametrize("forged", FORGED)
-@pytest.mark.parametrize("caller", ["own session", "client"])
+@pytest.mark.parametrize("caller", ["own session", "client", "application"])
 @EVERY_RPC
 def test_forged_metadata_makes_no_gateway(
     callers: Callers, over_tcp: grpc.Channel, method: str, caller: str, forged: str
@@ -435,12 +592,14 @@ def declare(name: str, *callers: str) -> ServiceDescriptor:
     [
         ("nobody", ()),
         ("unspecified", ("UNSPECIFIED",)),
-        ("application", ("APPLICATION",)),
         ("self_or_session", ("SELF_SESSION", "SESSION")),
         ("self_or_client", ("SELF_SESSION", "API_CLIENT")),
         ("self_or_anyone", ("SELF_SESSION", "ANYONE")),
         ("client_or_service", ("API_CLIENT", "SERVICE")),
         ("anyone_or_service", ("ANYONE", "SERVICE")),
+        ("application_or_service", ("APPLICATION", "SERVICE")),
+        ("application_or_client", ("APPLICATION", "API_CLIENT")),
+        ("application_or_self", ("APPLICATION", "SELF_SESSION")),
     ],
 )
 def test_callers_that_nothing_judges_yet_are_refused(name: str, callers: tuple[str, ...]) -> None:

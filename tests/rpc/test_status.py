@@ -24,6 +24,7 @@ from doorward_server.oauth import NoTokenGranted
 from doorward_server.outbound import ConnectTimeout, NotConnectable
 from doorward_server.rpc.integration import IntegrationServicer
 from doorward_server.rpc.status import status_code, trailing_metadata
+from doorward_server.service_tokens import Role
 from tests.rpc.conftest import METHODS, House, Metadata, basic, bearer, call, cookie, opened, served
 from tests.stack import Client, Person, Stack
 
@@ -63,12 +64,25 @@ ERRORS: dict[type[CallError], tuple[str, str]] = {
     errors.ProviderHasNoTokenUrl: ("INVALID_ARGUMENT", "PROVIDER_HAS_NO_TOKEN_URL"),
     errors.LookupRejected: ("INVALID_ARGUMENT", "LOOKUP_REJECTED"),
     errors.LookupWithoutId: ("INVALID_ARGUMENT", "LOOKUP_WITHOUT_ID"),
+    errors.InvalidService: ("INVALID_ARGUMENT", "INVALID_SERVICE"),
+    errors.InvalidLabel: ("INVALID_ARGUMENT", "INVALID_LABEL"),
+    errors.InvalidKey: ("INVALID_ARGUMENT", "INVALID_KEY"),
+    errors.KeyRejected: ("INVALID_ARGUMENT", "KEY_REJECTED"),
+    errors.InvalidUserId: ("INVALID_ARGUMENT", "INVALID_USER_ID"),
+    errors.ParameterMissing: ("INVALID_ARGUMENT", "PARAMETER_MISSING"),
+    errors.ParameterTooLong: ("INVALID_ARGUMENT", "PARAMETER_TOO_LONG"),
+    errors.CallbackRejected: ("INVALID_ARGUMENT", "INVALID_CALLBACK"),
+    errors.NameTaken: ("INVALID_ARGUMENT", "INVALID_APPLICATION_NAME"),
+    errors.RequestFinished: ("FAILED_PRECONDITION", "REQUEST_FINISHED"),
+    errors.DeliveryNotAbandoned: ("FAILED_PRECONDITION", "DELIVERY_NOT_ABANDONED"),
+    errors.TooManyKeys: ("FAILED_PRECONDITION", "TOO_MANY_KEYS"),
     errors.ProviderNotConfigured: ("FAILED_PRECONDITION", "PROVIDER_NOT_CONFIGURED"),
     errors.NeedsReauth: ("FAILED_PRECONDITION", "NEEDS_REAUTH"),
     errors.RefreshRejected: ("FAILED_PRECONDITION", "REFRESH_REJECTED"),
     errors.NoSession: ("UNAUTHENTICATED", "NO_SESSION"),
     errors.NoServiceToken: ("UNAUTHENTICATED", "NO_SERVICE_TOKEN"),
     errors.NoApiClient: ("UNAUTHENTICATED", "NO_API_CLIENT"),
+    errors.NoApplication: ("UNAUTHENTICATED", "NO_APPLICATION"),
     errors.SessionRequired: ("PERMISSION_DENIED", "SESSION_REQUIRED"),
     errors.NotSelf: ("PERMISSION_DENIED", "NOT_SELF"),
     errors.OriginNotAllowed: ("PERMISSION_DENIED", "ORIGIN_NOT_ALLOWED"),
@@ -80,15 +94,24 @@ ERRORS: dict[type[CallError], tuple[str, str]] = {
     errors.SessionNotFound: ("NOT_FOUND", "SESSION_NOT_FOUND"),
     errors.ServiceTokenNotFound: ("NOT_FOUND", "SERVICE_TOKEN_NOT_FOUND"),
     errors.ApiClientNotFound: ("NOT_FOUND", "API_CLIENT_NOT_FOUND"),
+    errors.KeyNotFound: ("NOT_FOUND", "KEY_NOT_FOUND"),
+    errors.ApplicationNotFound: ("NOT_FOUND", "APPLICATION_NOT_FOUND"),
+    errors.ConsentRequestNotFound: ("NOT_FOUND", "CONSENT_REQUEST_NOT_FOUND"),
+    errors.GrantNotFound: ("NOT_FOUND", "GRANT_NOT_FOUND"),
+    errors.DeliveryNotFound: ("NOT_FOUND", "DELIVERY_NOT_FOUND"),
     errors.ProviderNotFound: ("NOT_FOUND", "PROVIDER_NOT_FOUND"),
     errors.IdentityNotFound: ("NOT_FOUND", "IDENTITY_NOT_FOUND"),
     errors.NoSuchIdentity: ("NOT_FOUND", "NO_SUCH_IDENTITY"),
     errors.SlugTaken: ("ALREADY_EXISTS", "SLUG_TAKEN"),
     errors.EmailTaken: ("ALREADY_EXISTS", "EMAIL_TAKEN"),
+    errors.KeyExists: ("ALREADY_EXISTS", "KEY_EXISTS"),
     errors.IdentityTaken: ("ALREADY_EXISTS", "IDENTITY_TAKEN"),
     errors.TooManyFailures: ("RESOURCE_EXHAUSTED", "TOO_MANY_FAILURES"),
+    errors.TooManyRequests: ("RESOURCE_EXHAUSTED", "TOO_MANY_REQUESTS"),
     errors.NotConnected: ("ABORTED", "NOT_CONNECTED"),
     errors.CodeAlreadyUsed: ("ABORTED", "CODE_ALREADY_USED"),
+    errors.LeaseLost: ("ABORTED", "LEASE_LOST"),
+    errors.ServiceUnavailable: ("UNAVAILABLE", "SERVICE_UNAVAILABLE"),
     errors.ProviderUnavailable: ("UNAVAILABLE", "PROVIDER_UNAVAILABLE"),
     NotConnectable: ("UNAVAILABLE", "PROVIDER_UNAVAILABLE"),
     errors.ProviderMalformed: ("UNAVAILABLE", "PROVIDER_MALFORMED"),
@@ -104,7 +127,9 @@ ERRORS: dict[type[CallError], tuple[str, str]] = {
 # What HTTP callers see beside the answer, of errors with the metadata `{"error": ..., "retry_after": "17"}`.
 HEADERS: dict[type[CallError], tuple[str, str]] = {
     errors.NoApiClient: ("www-authenticate", 'Basic realm="doorward"'),
+    errors.NoApplication: ("www-authenticate", 'Basic realm="doorward"'),
     errors.TooManyFailures: ("retry-after", "17"),
+    errors.TooManyRequests: ("retry-after", "17"),
 }
 
 
@@ -127,7 +152,7 @@ def test_the_table_holds_every_error() -> None:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_what_an_error_says(error: type[CallError]) -> None:
     code, reason = ERRORS[error]
-    metadata = {"error": "invalid_client"} | ({"retry_after": "17"} if error is errors.TooManyFailures else {})
+    metadata = {"error": "invalid_client"} | ({"retry_after": "17"} if code == "RESOURCE_EXHAUSTED" else {})
     failure = error(metadata)
     assert (status_code(failure).name, status_code(failure).value[0]) == (code, CODES[code])
     (key, value), *headers = trailing_metadata(failure)
@@ -159,13 +184,19 @@ def of_person(person: Person) -> Metadata:
 
 
 @pytest.fixture(scope="module")
-def of_backend(house: House) -> Metadata:
-    return bearer(house.service_token("backend")[1])
+def of_service(house: House) -> Metadata:
+    """A program that may do all that programs may."""
+    return bearer(house.service_token(*Role)[1])
 
 
 @pytest.fixture(scope="module")
 def of_client(house: House) -> Metadata:
     return basic(house.client())
+
+
+@pytest.fixture(scope="module")
+def of_application(house: House) -> Metadata:
+    return basic(house.application())
 
 
 Entrance = tuple[grpc.Channel, Metadata]
@@ -177,16 +208,22 @@ def entrances(
     over_tcp: grpc.Channel,
     of_person: Metadata,
     of_client: Metadata,
-    of_backend: Metadata,
+    of_application: Metadata,
+    of_service: Metadata,
 ) -> dict[int, Entrance]:
     """How to get past authentication, by the kind of the callers."""
     return {
         policy_pb2.CALLER_KIND_SELF_SESSION: (over_socket, of_person),
         policy_pb2.CALLER_KIND_SESSION: (over_socket, of_person),
         policy_pb2.CALLER_KIND_API_CLIENT: (over_socket, of_client),
-        policy_pb2.CALLER_KIND_SERVICE: (over_tcp, of_backend),
+        policy_pb2.CALLER_KIND_APPLICATION: (over_socket, of_application),
+        policy_pb2.CALLER_KIND_SERVICE: (over_tcp, of_service),
         policy_pb2.CALLER_KIND_ANYONE: (over_socket, ()),
     }
+
+
+def has_text(field: FieldDescriptor | None) -> bool:
+    return field is not None and field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE)
 
 
 def callers_of(method: str) -> list[int]:
@@ -206,8 +243,8 @@ def callers_of(method: str) -> list[int]:
             "long length": b"\x0a\xff\xff\xff\xff\xff\x01",
             "wire type": b"\x07",
         }.items()
-        # Of a field that the message does not have nothing is known.
-        if name != "not UTF-8" or METHODS[method].input_type.fields
+        # Of a field that the message does not have, or has as a number, no text is read.
+        if name != "not UTF-8" or has_text(METHODS[method].input_type.fields_by_number.get(1))
     ],
 )
 def test_messages_that_do_not_parse(
@@ -222,13 +259,37 @@ def test_messages_that_do_not_parse(
         assert call(over_socket, method, message).code == "UNAUTHENTICATED"
 
 
-STRINGS = {"user_id": "me", "kai_type": "flo", "user": "somebody", "provider": "flo", "handle": "somebody", "id": "7"}
-# JSON values, each with a NUL somewhere.
-NULS: dict[str, Any] = {
-    "string": {"string_value": "a\0b"},
-    "list": {"list_value": {"values": [{"number_value": 1}, {"string_value": "\0"}]}},
-    "member": {"struct_value": {"fields": {"a": {"string_value": "\0"}}}},
-    "name": {"struct_value": {"fields": {"\0": {"bool_value": True}}}},
+STRINGS = {
+    "user_id": "me",
+    "kai_type": "flo",
+    "user": "somebody",
+    "provider": "flo",
+    "handle": "somebody",
+    "id": "7",
+    "name": "Somebody",
+    "state": "x",
+    "callback": "https://app.example/cb",
+    "discord_user_id": "80351110224678912",
+    "service": "gw2",
+    "label": "main",
+    "value": "sekret",
+    "message": "1/2",
+}
+# Values of message fields, by their type, each with a NUL somewhere; of other types there is no text in them.
+NULS: dict[str, dict[str, Any]] = {
+    "google.protobuf.Value": {
+        "string": {"string_value": "a\0b"},
+        "list": {"list_value": {"values": [{"number_value": 1}, {"string_value": "\0"}]}},
+        "member": {"struct_value": {"fields": {"a": {"string_value": "\0"}}}},
+        "name": {"struct_value": {"fields": {"\0": {"bool_value": True}}}},
+    },
+    "google.api.HttpBody": {
+        "content type": {"content_type": "text/plain\0"},
+        "extension": {"extensions": [{"type_url": "\0"}]},
+    },
+    "doorward.keybroker.v1.GrantedKeys": {},
+    "doorward.keybroker.v1.Canceled": {},
+    "doorward.keybroker.v1.Blocked": {},
 }
 
 
@@ -243,8 +304,7 @@ def nul_requests() -> Iterator[Any]:
                 spoilt = {**valid, field.name: f"{valid[field.name]}\0"}
                 yield pytest.param(name, request_class(**spoilt), id=f"{method.name} {field.name}")
             elif field.message_type is not None:
-                assert field.message_type.full_name == "google.protobuf.Value"
-                for key, value in NULS.items():
+                for key, value in NULS[field.message_type.full_name].items():
                     request = request_class(**{**valid, field.name: value})
                     yield pytest.param(name, request, id=f"{method.name} {field.name} {key}")
 
@@ -254,7 +314,7 @@ def test_nul_in_any_string(entrances: dict[int, Entrance], method: str, request_
     for kind in callers_of(method):
         channel, metadata = entrances[kind]
         result = call(channel, method, request_, metadata)
-        if "\0" in getattr(request_, "user_id", ""):
+        if kind == policy_pb2.CALLER_KIND_SELF_SESSION and "\0" in getattr(request_, "user_id", ""):
             # Whoever that is, it is not the caller; and that is judged first.
             assert result.short == "PERMISSION_DENIED NOT_SELF"
         else:
@@ -264,8 +324,8 @@ def test_nul_in_any_string(entrances: dict[int, Entrance], method: str, request_
 @pytest.mark.parametrize(
     "method", ["/doorward.integration.v1.IntegrationService/Nothing", "/doorward.v9.Nothing/Nothing", "/"]
 )
-def test_unknown_methods(over_tcp: grpc.Channel, of_backend: Metadata, method: str) -> None:
-    assert call(over_tcp, method, b"", of_backend).code == "UNIMPLEMENTED"
+def test_unknown_methods(over_tcp: grpc.Channel, of_service: Metadata, method: str) -> None:
+    assert call(over_tcp, method, b"", of_service).code == "UNIMPLEMENTED"
 
 
 @pytest.mark.parametrize(

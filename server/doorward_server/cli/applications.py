@@ -150,9 +150,7 @@ def token(
         typer.echo(value)
 
 
-def _print_rotated(
-    app: App, application_id: str, what: str, secret: str, overlap: timedelta, *, as_json: bool
-) -> None:
+def _print_rotated(app: App, application_id: str, what: str, secret: str, overlap: timedelta, *, as_json: bool) -> None:
     until = iso(app.clock.now() + overlap)
     if as_json:
         print_json({"id": application_id, what: secret, f"old_{what}_expires": until})

@@ -59,8 +59,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
     def AddApiKey(self, request: pb.AddApiKeyRequest, context: grpc.ServicerContext) -> pb.AddApiKeyResponse:
         user = self.discord_users.obtain(parse_snowflake(request.discord_user_id))
         key = self.api_keys.add(user, request.service, request.label, request.value, actor=_actor())
-        (listed,) = [one for one in self.api_keys.list(user, request.service) if one.key.id == key.id]
-        return pb.AddApiKeyResponse(key=_key(listed))
+        return pb.AddApiKeyResponse(key=_key(self.api_keys.listed(key)))
 
     def ListApiKeys(self, request: pb.ListApiKeysRequest, context: grpc.ServicerContext) -> pb.ListApiKeysResponse:
         user = self.discord_users.find(parse_snowflake(request.discord_user_id))

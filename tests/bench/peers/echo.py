@@ -14,7 +14,7 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 
 # The same as those of Doorward's server, which has them in app.py.
-_OPTIONS = [
+OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 1 << 20),
     ("grpc.max_metadata_size", 96 << 10),
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    server = grpc.server(ThreadPoolExecutor(arguments.threads), options=_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(arguments.threads), options=OPTIONS)
     stubs.add_IntegrationServiceServicer_to_server(Echo(), server)  # type: ignore[abstract]  # in its .pyi only
     server.add_insecure_port(f"unix:{arguments.socket}")
     server.start()
