@@ -26,6 +26,7 @@ from doorward_server.key_validators import KeyValidators
 from doorward_server.models import ApiKey, User
 from doorward_server.validators import is_service
 
+_VALUE = "SELECT id, value FROM api_keys WHERE id = ?"
 _MOST_KEYS = 15
 _LONGEST_LABEL = 80
 _LONGEST_VALUE = 4096
@@ -92,9 +93,8 @@ class ApiKeys:
 
     def values(self, key_ids: Sequence[int]) -> list[str]:
         """The opened values of those keys that still exist, in the order asked."""
-        rows = self.database.fetch_all(ApiKey.select().where(ApiKey.id.in_(key_ids)))
-        values = {row.id: self._open(row) for row in rows}
-        return [values[key_id] for key_id in key_ids if key_id in values]
+        rows = [self.database.fetch_one(_VALUE, (key_id,)) for key_id in key_ids]
+        return [self.keys.open(row[1], _value_of(row[0])) for row in rows if row is not None]
 
     def list(self, user: User, service: str | None = None) -> list[ListedKey]:
         """A user's keys, in the order in which they were added."""

@@ -24,6 +24,8 @@ _SLASHES = re.compile(rb"[/\\]")
 _MANIFOLD = re.compile(r"[%\\;]|//|/\.")
 _DOTS = frozenset({b".", b".."})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+# Whoever takes less has to say so before; reading a path in every way takes a while.
+_LONGEST = 8192
 _LONGEST_HOST = 253
 # A path inside a path is encoded twice; whoever encodes more often has something to hide.
 _MOST_DECODINGS = 3
@@ -64,6 +66,8 @@ class Callback:
     @classmethod
     def parse(cls, url: str) -> "Callback":
         """Raises InvalidCallback."""
+        if len(url) > _LONGEST:
+            raise InvalidCallback("it is too long")
         if any(unicodedata.category(character) in _NOT_IN_URLS for character in url):
             raise InvalidCallback("it holds a blank or a control character")
         parts = _URL.fullmatch(url)

@@ -155,12 +155,10 @@ class Consents:
         if not (name and question.user_id and question.callback):
             raise ParameterMissing
         discord_user = parse_snowflake(question.user_id)
+        if len(question.callback) > _LONGEST_CALLBACK:
+            raise ParameterTooLong
         application = self._judge_callback(question.callback, caller)
-        if (
-            len(question.name) > _LONGEST_NAME
-            or len(question.state) > _LONGEST_STATE
-            or len(question.callback) > _LONGEST_CALLBACK
-        ):
+        if len(question.name) > _LONGEST_NAME or len(question.state) > _LONGEST_STATE:
             raise ParameterTooLong
         if application is None and self.applications.is_known_name(name):
             raise NameTaken
@@ -235,7 +233,8 @@ class Consents:
             else (deadline, Status.TIMED_OUT)
         )
         self.jobs.queue(DEADLINE, {"request": request_id, "outcome": outcome}, run_at=ends)
-        self.audit.record(asking.sender, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
+        asker = _audited(asking.application_id, asking.callback)
+        self.audit.record(asker, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
         return request_id
 
     def _check_limits(self, asking: "_Asking", now: datetime, *, joins: bool) -> None:
@@ -338,7 +337,7 @@ class Consents:
             f"consent.{outcome}",
             f"request:{request.id}",
             discord_user=request.discord_user,
-            application=sender_of(request),
+            application=_audited(request.application_id, request.callback),
             keys=list(key_ids),
         )
 
@@ -391,11 +390,14 @@ class Consents:
     def block(self, user: User, request_id: int, *, actor: str) -> None:
         """Keep the application of a request from asking the user again. Raises ConsentRequestNotFound."""
         with self.database.writing():
-            sender = sender_of(self._get(request_id))
+            request = self._get(request_id)
             ApplicationBlock.insert(
-                user=user.id, application=sender, created_at=self.clock.now()
+                user=user.id,
+                application=_sender(request.application_id, request.callback),
+                created_at=self.clock.now(),
             ).on_conflict_ignore().execute()
-            self.audit.record(actor, "application.blocked", f"user:{user.id}", application=sender)
+            application = _audited(request.application_id, request.callback)
+            self.audit.record(actor, "application.blocked", f"user:{user.id}", application=application)
 
     def adopt(self, user_id: int, by: int) -> None:
         """Pass a user's grants and blocks to another user, inside the caller's transaction."""
@@ -426,13 +428,14 @@ class _Asking:
         return _sender(self.application_id, self.callback)
 
 
-def sender_of(request: ConsentRequest) -> str:
-    """Who asks: a registered application by its id, a stranger by its exact callback."""
-    return _sender(request.application_id, request.callback)
-
-
 def _sender(application_id: str | None, callback: str) -> str:
-    return f"app:{application_id}" if application_id is not None else f"callback:{callback}"
+    """Who asks: a registered application by its id, a stranger by its exact callback."""
+    return f"application:{application_id}" if application_id is not None else f"callback:{callback}"
+
+
+def _audited(application_id: str | None, callback: str) -> str:
+    """As the audit trail names who asks: nothing is ever taken out of that, and a callback may hold a secret."""
+    return _sender(application_id, Callback.parse(callback).host)
 
 
 def callback_host(request: ConsentRequest) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
@@ -26,7 +27,7 @@ from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.errors import Busy, CallError, DeliveryNotAbandoned, DeliveryNotFound
 from doorward_server.jobs import Jobs, Payload, PutOff
-from doorward_server.models import Application, ConsentRequest, Delivery, DeliveryAttempt
+from doorward_server.models import ConsentRequest, Delivery, DeliveryAttempt, to_micros
 from doorward_server.outbound import Outbound, Receipt, Timeouts
 
 DELIVERY = "delivery"
@@ -39,6 +40,21 @@ _KEY_IDS = """
 SELECT grant_keys.key_id FROM grant_keys JOIN grants ON grants.id = grant_keys.grant_id
 WHERE grants.request_id = ? AND grants.revoked_at IS NULL ORDER BY grant_keys.position
 """
+
+
+_DUE = """
+SELECT deliveries.id, request_id, webhook_id, error, carried_keys, attempts, discord_user, callback, state,
+       application_id, callback_format
+FROM deliveries JOIN consent_requests ON consent_requests.id = request_id
+LEFT JOIN applications ON applications.id = application_id
+WHERE deliveries.id = ? AND deliveries.status = 'queued'
+"""
+_COMMIT_TO = "UPDATE deliveries SET carried_keys = ?, error = ? WHERE id = ?"
+_ATTEMPT = """
+INSERT INTO delivery_attempts (delivery_id, started_at, milliseconds, status, error) VALUES (?, ?, ?, ?, ?)
+"""
+_WAIT = "UPDATE deliveries SET attempts = attempts + 1, next_attempt_at = ? WHERE id = ?"
+_FINISH = "UPDATE deliveries SET status = ?, attempts = ?, next_attempt_at = NULL, finished_at = ? WHERE id = ?"
 
 
 class Status(StrEnum):
@@ -79,6 +95,26 @@ class _Attempted(NamedTuple):
     receipt: Receipt | None
     failure: str | None
 
+    @property
+    def status(self) -> int | None:
+        return self.receipt.status if self.receipt else None
+
+
+class _Due(NamedTuple):
+    """A queued delivery, its request, and the application if it is registered."""
+
+    id: int
+    request_id: int
+    webhook_id: str
+    error: str | None
+    carried_keys: bool
+    attempts: int
+    discord_user: str
+    callback: str
+    state: bytes
+    application_id: str | None
+    callback_format: str | None
+
 
 @dataclass(frozen=True)
 class Deliveries:
@@ -111,52 +147,45 @@ class Deliveries:
 
     def attempt(self, payload: Payload) -> None:
         """The job of a delivery: one POST. Raises PutOff when there is to be another."""
-        delivery = Delivery.get_or_none(Delivery.id == payload["delivery"])
-        if delivery is None or delivery.status != Status.QUEUED:
+        row = self.database.fetch_one(_DUE, (payload["delivery"],))
+        if row is None:
             return
-        request = ConsentRequest.get_by_id(delivery.request_id)
-        application = Application.get_or_none(Application.id == request.application_id)
-        key_ids = self._key_ids(delivery)
-        keys = self.api_keys.values(key_ids)
-        if not self._commit_to(delivery, bool(keys)):
+        due = _Due(*row)
+        key_ids = [] if due.error is not None else self._key_ids(due)
+        keys = self.api_keys.values(key_ids) if key_ids else []
+        if not keys and due.error is None and due.carried_keys:
+            # Its keys went out once, and none is left: an error now would contradict them.
+            self.database.write(partial(self._finish, due, Status.ABANDONED, due.attempts))
             return
-        message = self._message(delivery, request, application, keys)
-        self._record(delivery, self._post(request.callback, message), key_ids if keys else [])
+        due = self._commit_to(due, has_keys=bool(keys))
+        self._record(due, self._post(due.callback, self._message(due, keys)), key_ids if keys else [])
 
-    def _key_ids(self, delivery: Delivery) -> list[int]:
-        if delivery.error is not None:
-            return []
-        return [row[0] for row in self.database.fetch_rows(_KEY_IDS, (delivery.request_id,))]
+    def _key_ids(self, due: "_Due") -> list[int]:
+        return [row[0] for row in self.database.fetch_rows(_KEY_IDS, (due.request_id,))]
 
-    def _commit_to(self, delivery: Delivery, has_keys: bool) -> bool:
-        """Write down, before anything is sent, whether keys or an error go out: never both. False: neither."""
-        with self.database.writing():
-            if has_keys:
-                delivery.carried_keys = True
-            elif delivery.error is None and delivery.carried_keys:
-                # Its keys went out once, and none is left: an error now would contradict them.
-                self._finish(delivery, Status.ABANDONED)
-                return False
-            elif delivery.error is None:
-                delivery.error = NOTHING_LEFT
-            Delivery.update(carried_keys=delivery.carried_keys, error=delivery.error).where(
-                Delivery.id == delivery.id
-            ).execute()
-            return True
+    def _commit_to(self, due: "_Due", *, has_keys: bool) -> "_Due":
+        """Write down, before anything is sent, whether keys or an error go out: never both."""
+        committed = due._replace(
+            carried_keys=due.carried_keys or has_keys, error=None if has_keys else due.error or NOTHING_LEFT
+        )
+        if committed != due:
+            parameters = (committed.carried_keys, committed.error, due.id)
+            self.database.write(partial(self.database.execute, _COMMIT_TO, parameters))
+        return committed
 
-    def _message(
-        self, delivery: Delivery, request: ConsentRequest, application: Application | None, keys: Sequence[str]
-    ) -> Message:
-        fields = _fields(delivery, request, keys)
-        if application is not None and application.callback_format == "json":
+    def _message(self, due: "_Due", keys: Sequence[str]) -> Message:
+        # What the application is told: keys, or an error.
+        outcome: dict[str, Any] = {"api_keys": list(keys)} if keys else {"error": due.error}
+        fields = {"userid": due.discord_user, "state": bytes(due.state).decode(), **outcome}
+        if due.callback_format == "json":
             content_type, body = "application/json", json.dumps(fields, ensure_ascii=False)
         else:
             content_type, body = "application/x-www-form-urlencoded", urlencode(fields, doseq=True)
-        headers = {"content-type": content_type, "webhook-id": delivery.webhook_id}
-        if application is not None:
+        headers = {"content-type": content_type, "webhook-id": due.webhook_id}
+        if due.application_id is not None:
             now = self.clock.now()
-            secrets_ = self.applications.signing_secrets(application.id)
-            signatures = [Webhook(secret).sign(delivery.webhook_id, now, body) for secret in secrets_]
+            secrets_ = self.applications.signing_secrets(due.application_id)
+            signatures = [Webhook(secret).sign(due.webhook_id, now, body) for secret in secrets_]
             headers |= {"webhook-timestamp": str(int(now.timestamp())), "webhook-signature": " ".join(signatures)}
         return Message(body.encode(), headers)
 
@@ -173,36 +202,32 @@ class Deliveries:
             failure = error.reason
         return _Attempted(started, round((time.monotonic() - clock) * 1000), receipt, failure)
 
-    def _record(self, delivery: Delivery, attempted: "_Attempted", key_ids: Sequence[int]) -> None:
-        attempts = delivery.attempts + 1
-        receipt, failure = attempted.receipt, attempted.failure
-        status = receipt.status if receipt else None
-        with self.database.writing():
-            DeliveryAttempt.create(
-                delivery=delivery,
-                started_at=attempted.started_at,
-                milliseconds=attempted.milliseconds,
-                status=status,
-                error=failure,
-            )
-            Delivery.update(attempts=attempts).where(Delivery.id == delivery.id).execute()
-            if key_ids:
-                self.audit.record("doorward", "keys.sent", f"delivery:{delivery.id}", keys=key_ids, status=status)
-            if status is not None and 200 <= status < 300:  # noqa: PLR2004
-                self._finish(delivery, Status.SENT)
-                return
-            retry_after = _seconds(receipt.retry_after, self.clock.now()) if receipt else None
-            delay = None if status == _GONE else self.schedule.delay(attempts, retry_after)
-            if delay is None:
-                self._finish(delivery, Status.ABANDONED)
-                return
-            Delivery.update(next_attempt_at=self.clock.now() + delay).where(Delivery.id == delivery.id).execute()
-        raise PutOff(delay, failure or f"HTTP_{status}")
+    def _record(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> None:
+        """Write down how an attempt went. Raises PutOff when there is to be another."""
+        delay = self.database.write(partial(self._write_attempt, due, attempted, key_ids))
+        if delay is not None:
+            raise PutOff(delay, attempted.failure or f"HTTP_{attempted.status}")
 
-    def _finish(self, delivery: Delivery, status: Status) -> None:
-        Delivery.update(status=status, next_attempt_at=None, finished_at=self.clock.now()).where(
-            Delivery.id == delivery.id
-        ).execute()
+    def _write_attempt(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> timedelta | None:
+        """Inside a transaction; returns how long to wait for the next attempt, None when it is over."""
+        status, now = attempted.status, self.clock.now()
+        started = to_micros(attempted.started_at)
+        self.database.execute(_ATTEMPT, (due.id, started, attempted.milliseconds, status, attempted.failure))
+        if key_ids:
+            self.audit.record("doorward", "keys.sent", f"delivery:{due.id}", keys=list(key_ids), status=status)
+        if status is not None and 200 <= status < 300:  # noqa: PLR2004
+            self._finish(due, Status.SENT, due.attempts + 1)
+            return None
+        retry_after = _seconds(attempted.receipt.retry_after, now) if attempted.receipt else None
+        delay = None if status == _GONE else self.schedule.delay(due.attempts + 1, retry_after)
+        if delay is None:
+            self._finish(due, Status.ABANDONED, due.attempts + 1)
+        else:
+            self.database.execute(_WAIT, (to_micros(now + delay), due.id))
+        return delay
+
+    def _finish(self, due: "_Due", status: Status, attempts: int) -> None:
+        self.database.execute(_FINISH, (status, attempts, to_micros(self.clock.now()), due.id))
 
     # For operators
 
@@ -240,12 +265,6 @@ class Deliveries:
             ).execute()
             self.jobs.queue(DELIVERY, {"delivery": delivery_id})
             self.audit.record(actor, "delivery.requeued", f"delivery:{delivery_id}")
-
-
-def _fields(delivery: Delivery, request: ConsentRequest, keys: Sequence[str]) -> dict[str, Any]:
-    """What the application is told: keys, or an error."""
-    outcome = {"api_keys": list(keys)} if keys else {"error": delivery.error}
-    return {"userid": request.discord_user, "state": bytes(request.state).decode(), **outcome}
 
 
 def _seconds(retry_after: str | None, now: datetime) -> float | None:

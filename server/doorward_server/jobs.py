@@ -5,11 +5,15 @@ A job is queued in the transaction of the change that causes it. A worker claims
 counts the claims and fences them: only the latest claim may finish or put off the job.
 """
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from doorward_server.clock import Clock
@@ -24,6 +28,12 @@ Handler = Callable[[Payload], None]
 _INSERT = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES (?, x'', ?, 0, ?) RETURNING id"
 _SET_PAYLOAD = "UPDATE jobs SET payload = ? WHERE id = ?"
 _NEXT_DUE = "SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT 1"
+_CLAIM = f"""
+UPDATE jobs SET run_at = ?, attempts = attempts + 1
+WHERE id IN (SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ?) RETURNING {Job.columns_sql()}
+"""  # noqa: S608 - constants only
+_FINISH = "DELETE FROM jobs WHERE id = ? AND attempts = ?"
+_PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ? WHERE id = ? AND attempts = ?"
 
 
 class Abandon(DoorwardError):
@@ -72,17 +82,17 @@ class Jobs:
 
     def claim(self, lease: timedelta) -> Job | None:
         """Take the job that has been due for longest, for the time of the lease."""
+        return next(iter(self.claim_some(lease, 1)), None)
+
+    def claim_some(self, lease: timedelta, most: int) -> list[Job]:
+        """Take at most so many of the jobs that have been due for longest."""
         now = self._clock.now()
+        # Idle workers look again and again: a read is nothing to anybody.
         if self._database.fetch_one(_NEXT_DUE, (to_micros(now),)) is None:
-            return None
-        with self._database.writing():
-            # Looked for again inside the transaction: another worker may have been faster.
-            job: Job | None = Job.select().where(Job.run_at <= now).order_by(Job.run_at).first()
-            if job is None:
-                return None
-            job.run_at, job.attempts = now + lease, job.attempts + 1
-            Job.update(run_at=job.run_at, attempts=job.attempts).where(Job.id == job.id).execute()
-            return job
+            return []
+        parameters = (to_micros(now + lease), to_micros(now), most)
+        rows = self._database.write(partial(self._database.execute_all, _CLAIM, parameters))
+        return [Job.from_row(row) for row in rows]
 
     def payload(self, job: Job) -> Payload:
         opened: Payload = json.loads(self._keys.open(job.payload, _payload_of(job.id)))
@@ -90,19 +100,16 @@ class Jobs:
 
     def finish(self, job: Job) -> None:
         """The job is done."""
-        with self._database.writing():
-            Job.delete().where(Job.id == job.id, Job.attempts == job.attempts).execute()
+        self._database.write(partial(self._database.execute, _FINISH, (job.id, job.attempts)))
 
     def put_off(self, job: Job, delay: timedelta | None, reason: str) -> None:
         """Try again after the delay; None: abandon the job, but keep it for the operator to see."""
-        run_at = self._clock.now() + delay if delay is not None else None
-        with self._database.writing():
-            changes = Job.update(run_at=run_at, last_error=reason)
-            changes.where(Job.id == job.id, Job.attempts == job.attempts).execute()
+        run_at = to_micros(self._clock.now() + delay) if delay is not None else None
+        self._database.write(partial(self._database.execute, _PUT_OFF, (run_at, reason, job.id, job.attempts)))
 
 
 class Worker:
-    """Threads that do the due jobs, each by the handler of its kind."""
+    """Does the due jobs, each by the handler of its kind: one thread claims as many as others are free to do."""
 
     def __init__(
         self,
@@ -122,28 +129,40 @@ class Worker:
         self._poll = poll
         self._log = log
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._run, name=f"worker-{n}", daemon=True) for n in range(threads)]
+        # Twice the threads, so that jobs are at hand when one is done: then many are claimed at once. What
+        # waits here starts within one job's time, long before its lease ends.
+        self._places = 2 * threads
+        self._free = threading.Semaphore(self._places)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="worker")
+        self._claimer = threading.Thread(target=self._run, name="claimer", daemon=True)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self._claimer.start()
 
     def stop(self, grace: float) -> None:
         """Claim nothing more, and wait `grace` seconds for the jobs under way. Others run again later."""
+        deadline = time.monotonic() + grace
         self._stopping.set()
         self._jobs.queued.set()
-        for thread in self._threads:
-            thread.join(grace / len(self._threads))
+        if self._claimer.is_alive():
+            self._claimer.join(grace)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for _ in range(self._places):
+            if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return
 
     def run_one(self) -> bool:
         """Do one due job; False when there is none."""
         job = self._jobs.claim(self._lease)
-        if job is None:
-            return False
+        if job is not None:
+            self._do(job)
+        return job is not None
+
+    def _do(self, job: Job) -> None:
         handler = self._handlers.get(job.kind)
         if handler is None:
             self._give_up(job, "NO_HANDLER")
-            return True
+            return
         try:
             handler(self._jobs.payload(job))
         except Abandon as reason:
@@ -160,7 +179,6 @@ class Worker:
         else:
             self._jobs.finish(job)
             self._log.info("job done", job_id=job.id, kind=job.kind, attempts=job.attempts)
-        return True
 
     def _fail(self, job: Job, reason: str) -> None:
         delay = self._retry.delay(job.attempts)
@@ -185,17 +203,44 @@ class Worker:
         self._log.error("job abandoned", job_id=job.id, kind=job.kind, attempts=job.attempts, reason=reason)
 
     def _run(self) -> None:
+        least = 1
         while not self._stopping.is_set():
-            try:
-                if self.run_one():
-                    continue
-            except StorageUnavailable:
-                self._log.warning("jobs wait for the database")
-            except Exception as failure:  # noqa: BLE001 - the thread has to live on
-                self._log.error("worker failed", **describe(failure))
-            self._jobs.queued.wait(self._poll)
-            if not self._stopping.is_set():
-                self._jobs.queued.clear()
+            free = self._take_places(least)
+            jobs: list[Job] = []
+            with self._logged_failures():
+                jobs = self._jobs.claim_some(self._lease, free) if free else []
+            for job in jobs:
+                self._pool.submit(self._do_safely, job).add_done_callback(lambda _: self._free.release())
+            if free > len(jobs):
+                self._free.release(free - len(jobs))
+            # As many as there was room for: there are more, so it is worth to wait for more room.
+            least = self._places // 4 if free and len(jobs) == free else 1
+            if free and not jobs:
+                self._jobs.queued.wait(self._poll)
+                if not self._stopping.is_set():
+                    self._jobs.queued.clear()
+
+    def _take_places(self, least: int) -> int:
+        """All the places that are free, once there are so many or a poll's time is over."""
+        deadline, taken = time.monotonic() + self._poll, 0
+        while taken < self._places and self._free.acquire(
+            timeout=max(0.0, deadline - time.monotonic()) if taken < least else 0
+        ):
+            taken += 1
+        return taken
+
+    def _do_safely(self, job: Job) -> None:
+        with self._logged_failures():
+            self._do(job)
+
+    @contextlib.contextmanager
+    def _logged_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageUnavailable:
+            self._log.warning("jobs wait for the database")
+        except Exception as failure:  # noqa: BLE001 - the worker has to live on
+            self._log.error("worker failed", **describe(failure))
 
 
 def _payload_of(job_id: int) -> Place:

@@ -59,8 +59,12 @@ class Record(peewee.Model):
     @classmethod
     def select_sql(cls, rest: str) -> str:
         """A statement for all columns, in the order that `from_row` asks for."""
-        columns = ", ".join(field.column_name for field in cls._meta.sorted_fields)
-        return f"SELECT {columns} FROM {cls._meta.table_name} {rest}"  # noqa: S608 - constants only
+        return f"SELECT {cls.columns_sql()} FROM {cls._meta.table_name} {rest}"  # noqa: S608 - constants only
+
+    @classmethod
+    def columns_sql(cls) -> str:
+        """All columns, in the order that `from_row` asks for."""
+        return ", ".join(field.column_name for field in cls._meta.sorted_fields)
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Self:
@@ -231,7 +235,7 @@ class CodeClaim(peewee.Model):
         table_name = "code_claims"
 
 
-class Job(peewee.Model):
+class Job(Record):
     """Work to be done at least once. A claim moves `run_at` to the end of its lease."""
 
     id = peewee.AutoField()
@@ -345,7 +349,7 @@ class GrantKey(peewee.Model):
 
 
 class ApplicationBlock(peewee.Model):
-    """That a user wants no questions of an application: `app:ID`, or `callback:URL` for a stranger."""
+    """That a user wants no questions of an application: `application:ID`, or `callback:URL` for a stranger."""
 
     id = peewee.AutoField()
     user = peewee.ForeignKeyField(User)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from doorward_server.clock import Clock
 from doorward_server.settings import Settings
 from tests.sandbox.client import SandboxProvider
 from tests.stack import Client, Person, make_stack
+from tests.unit.peers import Peer, read_request
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods
@@ -99,12 +102,31 @@ def read_failure(failure: Any) -> Result:
 
 
 @dataclass
+class Receiver:
+    """What listens at the callbacks: answers `status` (a line as in HTTP), and keeps what it was sent."""
+
+    seen: list[bytes] = field(default_factory=list)
+    status: str = "200 OK"
+    address: str = ""
+
+    def __call__(self, connection: socket.socket, _: threading.Event) -> None:
+        """Serve one connection."""
+        self.seen.append(read_request(connection))
+        connection.sendall(f"HTTP/1.1 {self.status}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+
+@dataclass
 class House:
     """A home, the app on it, and the addresses at which it is served."""
 
     only_app: App
     clock: SetClock
     provider: SandboxProvider
+    receiver: Receiver
     secrets: set[str]
     log: Path
     socket: str
@@ -184,6 +206,7 @@ def opened(settings: Settings, log: Path, clock: Clock | None = None) -> Iterato
             assert app.log
         yield app
         app.outbound.close()
+        app.callback_outbound.close()
         app.database.close()
 
 
@@ -206,11 +229,14 @@ def house(
     tmp_path_factory: pytest.TempPathFactory, logs: Path, shared_provider: SandboxProvider, secrets: set[str]
 ) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("rpc")
-    # The tests of a house fail as often as they like.
-    make_stack(folder / "home", logs, shared_provider, secrets, "[limits]\nauth_failures = 0\n")
-    log, clock = logs / f"{folder.name}.log", SetClock()
-    with opened(settings_module.load(folder / "home"), log, clock) as app:
-        yield House(app, clock, shared_provider, secrets, log, f"unix:{folder}/rpc.sock")
+    log, clock, receiver = logs / f"{folder.name}.log", SetClock(), Receiver()
+    with Peer(receiver) as peer:
+        receiver.address = peer.address
+        # The tests of a house fail as often as they like.
+        more = f'[limits]\nauth_failures = 0\n[callbacks]\nallow = ["{peer.address}"]\n'
+        make_stack(folder / "home", logs, shared_provider, secrets, more)
+        with opened(settings_module.load(folder / "home"), log, clock) as app:
+            yield House(app, clock, shared_provider, receiver, secrets, log, f"unix:{folder}/rpc.sock")
 
 
 @pytest.fixture(autouse=True)

@@ -132,6 +132,7 @@ def test_callbacks(url: str, expected: object) -> None:
         pytest.param("http://evil.example[::1]/", "host", id="name before brackets"),
         pytest.param("http://[v1.a]/", "host", id="future address"),
         pytest.param("http://a.example/%25252541", "too often", id="encoded too often"),
+        pytest.param(f"http://a.example/{'/%' * 30_000}", "too long", id="long"),
     ],
 )
 def test_what_is_no_callback(url: str, why: str) -> None:
