@@ -147,9 +147,8 @@ class Worker:
         if self._claimer.is_alive():
             self._claimer.join(grace)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for _ in range(self._places):
-            if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                return
+        if taken := self._take_places(self._places, deadline):
+            self._free.release(taken)
 
     def run_one(self) -> bool:
         """Do one due job; False when there is none."""
@@ -205,7 +204,7 @@ class Worker:
     def _run(self) -> None:
         least = 1
         while not self._stopping.is_set():
-            free = self._take_places(least)
+            free = self._take_places(least, time.monotonic() + self._poll)
             jobs: list[Job] = []
             with self._logged_failures():
                 jobs = self._jobs.claim_some(self._lease, free) if free else []
@@ -220,9 +219,9 @@ class Worker:
                 if not self._stopping.is_set():
                     self._jobs.queued.clear()
 
-    def _take_places(self, least: int) -> int:
-        """All the places that are free, once there are so many or a poll's time is over."""
-        deadline, taken = time.monotonic() + self._poll, 0
+    def _take_places(self, least: int, deadline: float) -> int:
+        """All the places that are free, once there are so many or the time has come."""
+        taken = 0
         while taken < self._places and self._free.acquire(
             timeout=max(0.0, deadline - time.monotonic()) if taken < least else 0
         ):

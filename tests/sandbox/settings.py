@@ -13,6 +13,9 @@ _HEAD = """\
 
 [outbound]
 allow = ["127.0.0.1:{port}"]
+
+[callbacks]
+allow = ["127.0.0.1:{receiver_port}"]
 """
 # The head of what `make up` wrote before; other settings are not ours to judge.
 _PORT = re.compile(r"\A# Settings of `make up`.*?127\.0\.0\.1:([0-9]+)", re.DOTALL)
@@ -38,29 +41,35 @@ redirect_uri = "{url}/app/callback"
 """
 
 
-def render(port: int) -> str:
-    """The TOML for a sandbox provider on a port of 127.0.0.1."""
+def render(port: int, receiver_port: int) -> str:
+    """The TOML for a sandbox provider and a callback receiver on ports of 127.0.0.1."""
     url = f"http://127.0.0.1:{port}"
     sections = [
         _PROVIDER.format(kai=client_id.removesuffix("-client"), url=url, secret=CLIENT_SECRET)
         for client_id in KAI_CLIENTS
     ]
     sections.append(_IDENTITY_PROVIDER.format(url=url, secret=CLIENT_SECRET))
-    return _HEAD.format(port=port) + "".join(sections)
+    return _HEAD.format(port=port, receiver_port=receiver_port) + "".join(sections)
+
+
+def _port_of(variable: str, default: str) -> int:
+    text = os.environ.get(variable) or default
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        sys.exit(f"{variable} has to be a port: a number from 1 to 65535")
+    return int(text)
 
 
 def main() -> None:
     """Print the settings, unless the home has some that are for another port."""
-    text = os.environ.get("DOORWARD_SANDBOX_PORT") or "9100"
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        sys.exit("DOORWARD_SANDBOX_PORT has to be a port: a number from 1 to 65535")
+    port = _port_of("DOORWARD_SANDBOX_PORT", "9100")
+    receiver_port = _port_of("DOORWARD_SANDBOX_RECEIVER_PORT", "9200")
     _, config = places()
-    if config.is_file() and (found := _PORT.search(config.read_text())) and found[1] != text:
+    if config.is_file() and (found := _PORT.search(config.read_text())) and found[1] != str(port):
         sys.exit(
-            f"{config} is for a stand-in provider on port {found[1]}, but DOORWARD_SANDBOX_PORT says {text}: "
+            f"{config} is for a stand-in provider on port {found[1]}, but DOORWARD_SANDBOX_PORT says {port}: "
             "remove the file, or set the variable to what it says"
         )
-    print(render(int(text)), end="")
+    print(render(port, receiver_port), end="")
 
 
 if __name__ == "__main__":
