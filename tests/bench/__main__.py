@@ -30,8 +30,8 @@ from rich.table import Table
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
-from doorward_server.settings import GrpcSection
-from tests.bench import consenting, linking, load, stack
+from doorward_server.settings import GrpcSection, JobsSection
+from tests.bench import consenting, delivering, linking, load, stack
 from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
@@ -47,6 +47,7 @@ _LEAST_OF_ECHO = 0.75
 _LEAST_OF_ECHO_LOGGING = 0.60
 _LEAST_OF_GET = 0.5
 _LEAST_OF_INSERT = 0.7
+_LEAST_OF_POST = 0.6
 _MOST_FOR_BASIC = 60e-6
 _FLAT_WITHIN = 1.2
 _MOST_MEMORY = 120_000_000
@@ -157,6 +158,8 @@ class Outcome:
     basic: float
     insert: Contender
     accept: Contender
+    post: Contender
+    deliver: Contender
 
 
 def _run(options: Options, say: Callable[[str], None]) -> Outcome:
@@ -200,7 +203,12 @@ def _run(options: Options, say: Callable[[str], None]) -> Outcome:
             consenting.accepting(folder, server_core, connections=_CONNECTIONS, streams=_STREAMS, threads=_THREADS)
         )
         _measure_rounds((insert, accept), options, say)
-        return Outcome(*contenders, rest, envoy_cpu_per_answer, resident, get, link, basic, insert, accept)
+        say("deliveries")
+        post, deliver = enter(delivering.contenders(folder, server_core, load_core, threads=JobsSection().threads))
+        _measure_rounds((post, deliver), options, say)
+        return Outcome(
+            *contenders, rest, envoy_cpu_per_answer, resident, get, link, basic, insert, accept, post, deliver
+        )
 
 
 def _measure_rounds(contenders: Sequence[Contender], options: Options, say: Callable[[str], None]) -> None:
@@ -272,6 +280,11 @@ def _table(outcome: Outcome) -> Table:
     ratio = accept.ratio(insert)
     by_cpu = f"{accept.cpu_ratio(insert):.2f}"
     _add(table, accept, f"{ratio:.2f} of insert", f"≥ {_LEAST_OF_INSERT}", ratio >= _LEAST_OF_INSERT, by_cpu)
+    post, deliver = outcome.post, outcome.deliver
+    _add(table, post, "", "", None, "")
+    ratio = deliver.ratio(post)
+    by_cpu = f"{deliver.cpu_ratio(post):.2f}"
+    _add(table, deliver, f"{ratio:.2f} of POST", f"≥ {_LEAST_OF_POST}", ratio >= _LEAST_OF_POST, by_cpu)
     quick_enough = outcome.basic <= _MOST_FOR_BASIC
     table.add_row("  Basic", "", _micros(outcome.basic), f"≤ {_micros(_MOST_FOR_BASIC)}", _mark(quick_enough))
     return table

@@ -89,12 +89,12 @@ def server_contender(
     return Contender(name, run)
 
 
-def fetching_contender(name: str, url: str, threads: int, core: int) -> Contender:
-    """A process that makes bare GETs; the URL holds {access_token}."""
+def fetching_contender(name: str, url: str, threads: int, core: int, *options: str) -> Contender:
+    """A process that makes bare GETs, of a URL that holds {access_token}, or with `--post` POSTs."""
 
     def run(seconds: float) -> Sample:
         command = [sys.executable, "-m", "tests.bench.peers.fetch", url, "--threads", str(threads)]
-        command += ["--warm-up", str(WARM_UP), "--seconds", str(seconds)]
+        command += ["--warm-up", str(WARM_UP), "--seconds", str(seconds), *options]
         with stack.on_core(core):
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds + 60)
         told = json.loads(done.stdout)

@@ -26,6 +26,7 @@ USERS, IDENTITIES = "/api/users", "/api/users/nobody/o-auth-identities"
 LOG_IN, SESSION, SESSIONS = "/api/auth/login-o-auth", "/api/auth/session", "/api/auth/sessions"
 SERVICE = "/doorward.integration.v1.IntegrationService"
 IDENTITY_SERVICE = "/doorward.identity.v1.IdentityService"
+KEYBROKER_SERVICE = "/doorward.keybroker.v1.KeyBrokerService"
 JSON = b"content-type: application/json\r\n"
 TEXT = b"content-type: text/plain\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -169,6 +170,11 @@ def assert_asked_for(answer: Answer, *, connected: bool) -> None:
         f"{IDENTITY_SERVICE}/GetUser",
         f"{IDENTITY_SERVICE}/CreateSession",
         f"/api{IDENTITY_SERVICE}/CreateSession",
+        f"{KEYBROKER_SERVICE}/RequestApiKeyForm",
+        f"{KEYBROKER_SERVICE}/RequestApiKey",
+        f"{KEYBROKER_SERVICE}/AddApiKey",
+        f"{KEYBROKER_SERVICE}/ListDeliveries",
+        f"/api{KEYBROKER_SERVICE}/ListDeliveries",
         "/grpc.health.v1.Health/Check",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     ],

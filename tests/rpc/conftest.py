@@ -211,14 +211,17 @@ def opened(settings: Settings, log: Path, clock: Clock | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def served(app: App, folder: Path, add: Callable[[grpc.Server], object] | None = None) -> Iterator[grpc.Channel]:
-    """A server of its own behind the app's interceptor, on a Unix socket; a channel to it."""
+def served(
+    app: App, folder: Path, add: Callable[[grpc.Server], object] | None = None, *, over_tcp: bool = False
+) -> Iterator[grpc.Channel]:
+    """A server of its own behind the app's interceptor, with four threads, on a Unix socket or TCP; a channel to it."""
     server = grpc.server(ThreadPoolExecutor(4), interceptors=[app.interceptor])
     (add or app.add_services)(server)
-    server.add_insecure_port(f"unix:{folder}/own.sock")
+    address = f"unix:{folder}/own.sock"
+    port = server.add_insecure_port("127.0.0.1:0" if over_tcp else address)
     server.start()
     try:
-        with grpc.insecure_channel(f"unix:{folder}/own.sock") as channel:
+        with grpc.insecure_channel(f"127.0.0.1:{port}" if over_tcp else address) as channel:
             yield channel
     finally:
         server.stop(0).wait()

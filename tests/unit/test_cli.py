@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from doorward_server import settings as settings_module
+from doorward_server.app import App
 from doorward_server.cli.root import cli
 from doorward_server.crypto import KeyRing, MasterKey
 from doorward_server.database import Database
-from tests.processes import BIN, await_condition, clean_environment, free_port
+from tests.processes import BIN, await_condition, clean_environment, free_port, running
 from tests.unit.command_line import Here, assert_tells, doorward, make_home, within, write_key
 
 MIGRATIONS = sorted(
@@ -209,6 +211,12 @@ def test_the_commands() -> None:
         "client",
         "provider",
         "token",
+        "app",
+        "key",
+        "consent",
+        "delivery",
+        "audit",
+        "work",
     }
 
 
@@ -337,9 +345,10 @@ def test_arguments_that_are_no_utf_8(home: Path, words: tuple[str, ...], here: H
 # serve, when it cannot
 
 
-def test_serve_without_a_key(home: Path, here: Here) -> None:
+@pytest.mark.parametrize("command", ["serve", "work"])
+def test_serve_without_a_key(home: Path, here: Here, command: str) -> None:
     (home / "master.key").unlink()
-    assert_tells(here(home, "serve"), f"{home}/master.key", "DOORWARD_MASTER_KEY", "`doorward init`")
+    assert_tells(here(home, command), f"{home}/master.key", "DOORWARD_MASTER_KEY", "`doorward init`")
 
 
 @pytest.mark.parametrize(
@@ -408,6 +417,30 @@ def test_serve_on_a_socket_in_no_folder(home: Path) -> None:
 def test_serve_with_wrong_settings(home: Path, here: Here) -> None:
     (home / "doorward.toml").write_text("[grpc]\nprot = 1\n")
     assert_tells(here(home, "serve"), f"{home}/doorward.toml", "did you mean port?")
+
+
+# The work, by whom it is done
+
+
+def test_the_work_is_left_to_those_who_do_it(home: Path, tmp_path: Path, here: Here) -> None:
+    """A server that is told not to leaves a job alone, and a worker does it."""
+    assert here(home, "init").returncode == 0
+    app = App(settings_module.load(home))
+    with app.database.writing():
+        app.jobs.queue("unknown", {})
+    app.database.close()
+    environment = {"DOORWARD_HOME": str(home), "DOORWARD_GRPC_PORT": str(free_port())}
+    logs = [tmp_path / "serve.log", tmp_path / "work.log"]
+    with running([BIN / "doorward", "serve", "--no-work"], logs[0], environment) as server:
+        server.await_output('"serving"')
+        with running([BIN / "doorward", "work", "--json"], logs[1], environment) as worker:
+            worker.await_output('"job abandoned"')
+            assert worker.stop() == 0
+        assert server.stop() == 0
+    assert ["job" in log.read_text() for log in logs] == [False, True]
+    assert json.loads(next(line for line in logs[1].read_text().splitlines() if '"event"' not in line)) == {
+        "home": str(home)
+    }
 
 
 # The database, when it cannot be used

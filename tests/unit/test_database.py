@@ -23,7 +23,7 @@ from doorward_server.models import User
 from doorward_server.users import Users
 from tests.processes import clean_environment
 
-MIGRATIONS = ["0001_initial", "0002_identity"]
+MIGRATIONS = ["0001_initial", "0002_identity", "0003_keybroker"]
 _MIGRATIONS_FOLDER = Path(database_module.__file__).parent / "migrations"
 
 

@@ -74,9 +74,10 @@ def test_what_http_callers_are_told_to_do() -> None:
     """Only Basic is asked for: cookies and service tokens are no schemes that a browser could answer with."""
     assert {kind: kind.challenge for kind in LEAVES if kind.challenge} == {
         errors.NoApiClient: 'Basic realm="doorward"',
+        errors.NoApplication: 'Basic realm="doorward"',
     }
-    headers = trailing_metadata(errors.TooManyFailures({"retry_after": "17"}))[1:]
-    assert headers == (("retry-after", "17"),)
+    for kind in (errors.TooManyFailures, errors.TooManyRequests):
+        assert trailing_metadata(kind({"retry_after": "17"}))[1:] == (("retry-after", "17"),)
 
 
 def test_a_call_error_keeps_a_copy_of_its_metadata() -> None:

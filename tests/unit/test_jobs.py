@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from doorward_server.clock import Clock
 from doorward_server.crypto import CannotOpen, KeyRing, MasterKey
 from doorward_server.database import Database
 from doorward_server.errors import Busy, ProviderTimeout, StorageUnavailable
-from doorward_server.jobs import Abandon, Handler, Jobs, Payload, RetryPolicy, Worker
+from doorward_server.jobs import Abandon, Handler, Jobs, Payload, PutOff, RetryPolicy, Worker
 from doorward_server.logs import make_log
 from doorward_server.models import Job
 from tests.processes import await_condition, clean_environment
@@ -111,6 +111,49 @@ def test_the_job_that_is_due_for_longest_comes_first(jobs: Jobs, database: Datab
     clock.advance(timedelta(seconds=10))
     assert [jobs.payload(claim(jobs))["number"] for _ in range(3)] == [2, 3, 1]
     assert jobs.claim(LEASE) is None
+
+
+@pytest.mark.parametrize("seconds", [0.000001, 600, 10 * 365 * 24 * 3600.0], ids=["next", "minutes", "years"])
+def test_a_job_for_later_waits_for_its_time(
+    jobs: Jobs, database: Database, clock: StoppedClock, seconds: float
+) -> None:
+    wait = timedelta(seconds=seconds)
+    with database.writing():
+        jobs.queue("greet", {"number": 1}, run_at=clock.now() + wait)
+    assert jobs.claim(LEASE) is None
+    queue(jobs, database, number=2)
+    assert jobs.payload(claim(jobs)) == {"number": 2}
+    clock.advance(wait - timedelta(microseconds=1))
+    assert seconds > 1 or jobs.claim(LEASE) is None
+    clock.advance(timedelta(microseconds=1))
+    due = [jobs.payload(claim(jobs))["number"] for _ in range(1 if wait < LEASE else 2)]
+    assert sorted(due) == ([1] if wait < LEASE else [1, 2])  # the other one's lease has ended, too
+
+
+@pytest.mark.parametrize("late", [timedelta(0), timedelta(days=1)], ids=["now", "long ago"])
+def test_a_job_whose_time_has_come_is_due(jobs: Jobs, database: Database, clock: StoppedClock, late: timedelta) -> None:
+    with database.writing():
+        jobs.queue("greet", {}, run_at=clock.now() - late)
+    assert claim(jobs).attempts == 1
+
+
+def test_jobs_come_in_the_order_of_their_times(jobs: Jobs, database: Database, clock: StoppedClock) -> None:
+    times: list[datetime] = [clock.now() + timedelta(seconds=seconds) for seconds in (30, 10, 20)]
+    with database.writing():
+        for number, run_at in enumerate(times):
+            jobs.queue("greet", {"number": number}, run_at=run_at)
+    clock.advance(timedelta(seconds=30))
+    assert [jobs.payload(claim(jobs))["number"] for _ in times] == [1, 2, 0]
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1] * 5 + [0]), (2, [2, 2, 1, 0]), (5, [5, 0]), (100, [5, 0])])
+def test_many_are_claimed_at_once(jobs: Jobs, database: Database, most: int, sizes: list[int]) -> None:
+    for _ in range(5):
+        queue(jobs, database)
+    claimed = [jobs.claim_some(LEASE, most) for _ in sizes]
+    assert [len(some) for some in claimed] == sizes
+    assert len({job.id for some in claimed for job in some}) == 5
+    assert {job.attempts for some in claimed for job in some} == {1}
 
 
 # Leases
@@ -287,6 +330,70 @@ def test_a_failing_job_is_tried_on_schedule_and_then_abandoned(
     assert events == ["job put off", "job put off", "job abandoned"]
 
 
+def test_a_handler_that_knows_when_to_try_again_is_never_given_up(
+    jobs: Jobs, database: Database, clock: StoppedClock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By its own times, not by the schedule, which has long ended."""
+    delays = [timedelta(seconds=seconds) for seconds in (0.2, 7, 100, 36000, 5)]
+    left = [PutOff(delay, f"TURN_{number}") for number, delay in enumerate(delays)]
+
+    def handle(_: Payload) -> None:
+        if left:
+            raise left.pop(0)
+
+    worker = make_worker(jobs, {"greet": handle})
+    queue(jobs, database, token="sekret")
+    for number, delay in enumerate(delays):
+        assert worker.run_one()
+        row = {"kind": "greet", "run_at": clock.now() + delay, "attempts": number + 1, "last_error": f"TURN_{number}"}
+        assert rows(database) == [row]
+        clock.advance(delay - timedelta(microseconds=1))
+        assert not worker.run_one()
+        clock.advance(timedelta(microseconds=1))
+    assert worker.run_one()
+    assert rows(database) == []
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["job put off"] * len(delays) + ["job done"]
+    assert [line["seconds"] for line in lines[:-1]] == [delay.total_seconds() for delay in delays]
+    assert [line["reason"] for line in lines[:-1]] == [f"TURN_{number}" for number in range(len(delays))]
+
+
+def test_a_worker_does_what_was_queued_for_later_when_its_time_comes(jobs: Jobs, database: Database) -> None:
+    """Nothing but looking tells that it is due."""
+    done = threading.Event()
+    clock = Clock()
+    jobs = Jobs(database, clock, KeyRing([KEY]))
+    with started(make_worker(jobs, {"greet": lambda _: done.set()})):
+        begun = clock.now()
+        with database.writing():
+            jobs.queue("greet", {}, run_at=begun + timedelta(seconds=0.3))
+        assert done.wait(10)
+        assert clock.now() - begun >= timedelta(seconds=0.3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_no_more_jobs_at_once_than_threads(jobs: Jobs, database: Database, threads: int) -> None:
+    at_once, most, lock, done = 0, 0, threading.Lock(), Counter[int]()
+
+    def handle(payload: Payload) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        with lock:
+            at_once -= 1
+            done[payload["number"]] += 1
+
+    with database.writing():
+        for number in range(100):
+            jobs.queue("greet", {"number": number})
+    with started(make_worker(jobs, {"greet": handle}, threads)):
+        await_condition(lambda: len(done) == 100, "all jobs")
+    assert set(done.values()) == {1}
+    assert 1 <= most <= threads
+    assert rows(database) == []
+
+
 def test_a_job_that_heals_is_done(jobs: Jobs, database: Database, clock: StoppedClock) -> None:
     failures: list[Exception] = [ProviderTimeout()]
 
@@ -309,8 +416,13 @@ def started(worker: Worker) -> Iterator[None]:
         yield
     finally:
         worker.stop(10)
-        names = {thread.name for thread in threading.enumerate()}
-        assert not {name for name in names if name.startswith("worker-")}
+        await_condition(lambda: not workers(), "the worker's threads to end")
+
+
+def workers() -> set[str]:
+    """The worker's threads that live."""
+    names = {thread.name for thread in threading.enumerate()}
+    return {name for name in names if name.startswith(("worker", "claimer"))}
 
 
 def test_a_worker_survives_every_failure(jobs: Jobs, database: Database) -> None:

@@ -33,6 +33,7 @@ from doorward_server.outbound import (
     ConnectTimeout,
     NotConnectable,
     Outbound,
+    Receipt,
     Timeouts,
     is_public,
     parse_allowed,
@@ -689,6 +690,261 @@ def test_a_ca_file_that_cannot_be_read_is_named(case: str, tmp_path: Path) -> No
     with pytest.raises(OperatorError) as failure:
         Outbound(allow=(), ca_file=path, bulkhead=bulkhead, concurrency=1)
     assert [part for part in ("[outbound] ca_file", str(path)) if part not in str(failure.value)] == []
+
+
+# Posting, where only the head of the answer counts
+
+
+def post(outbound: Outbound, url: str, timeouts: Timeouts = AMPLE, body: bytes = b"a=1", peer: str = "app") -> Receipt:
+    headers = {"content-type": "application/x-www-form-urlencoded", "webhook-id": "msg_1"}
+    return outbound.post(url, peer=peer, timeouts=timeouts, headers=headers, body=body)
+
+
+def test_what_is_posted() -> None:
+    seen: list[bytes] = []
+    with Peer(answering(seen=seen)) as peer, make_outbound(peer.address) as outbound:
+        assert post(outbound, f"{peer.url}/cb?x=%20y", body=b"\xff\0a=1\r\n") == Receipt(200, None)
+    head, _, body = seen[0].partition(b"\r\n\r\n")
+    request_line, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    assert request_line == "POST /cb?x=%20y HTTP/1.1"
+    assert body == b"\xff\0a=1\r\n"
+    assert {name: value for name, value in headers.items() if name not in ("connection", "accept")} == {
+        "host": peer.address,
+        "user-agent": "doorward",
+        "accept-encoding": "identity",
+        "content-type": "application/x-www-form-urlencoded",
+        "content-length": str(len(body)),
+        "webhook-id": "msg_1",
+    }
+
+
+def gushing(connection: socket.socket, _: threading.Event) -> None:
+    """1 GB, or as much of it as is read."""
+    read_request(connection)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
+    megabyte = b"x" * 1_000_000
+    for _megabyte in range(1000):
+        connection.sendall(megabyte)
+
+
+def hanging(connection: socket.socket, stopping: threading.Event) -> None:
+    """A head, and then nothing."""
+    read_request(connection)
+    connection.sendall(_LONG)
+    stopping.wait(10)
+
+
+def before_the_body(connection: socket.socket, _: threading.Event) -> None:
+    """Answers without having read what was sent."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    with contextlib.suppress(OSError):
+        connection.recv(1 << 20)
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        pytest.param(gushing, id="1 GB"),
+        pytest.param(trickle(_LONG, b"x"), id="slow body"),
+        pytest.param(trickle(_CHUNKED, b"1\r\nx\r\n"), id="slow chunks"),
+        pytest.param(hanging, id="no body after all"),
+        pytest.param(says(_LONG + b"x"), id="half a body"),
+        pytest.param(says(_CHUNKED + b"zz\r\n"), id="bad chunk"),
+        pytest.param(says(b"HTTP/1.1 200 OK\r\n\r\n"), id="body until the end of the connection"),
+        pytest.param(answering(b"x", "Content-Encoding: br"), id="unknown encoding"),
+        pytest.param(answering(b"\xff" * 50, "Content-Encoding: gzip"), id="not gzip"),
+        pytest.param(answering(b"x" * (MAX_ANSWER_BYTES + 1)), id="larger than answers may be"),
+        pytest.param(before_the_body, id="answer before the body"),
+    ],
+)
+def test_a_receipt_is_the_head_alone(serve: Serve) -> None:
+    with Peer(serve) as peer, make_outbound(peer.address) as outbound:
+        tracemalloc.start()
+        start = time.monotonic()
+        try:
+            assert post(outbound, peer.url) == Receipt(200, None)
+            taken, (_, peak) = time.monotonic() - start, tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peer.connections == 1
+        assert taken < SLACK
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("status", ["200 OK", "202 Accepted", "204 No Content", "304 Same", "410 Gone", "500 Oops"])
+def test_every_status_is_a_receipt(status: str) -> None:
+    serve = says(f"HTTP/1.1 {status}\r\n\r\n".encode())
+    with Peer(serve) as peer, make_outbound(peer.address) as outbound:
+        assert post(outbound, peer.url).status == int(status[:3])
+
+
+@pytest.mark.parametrize(
+    ("header", "retry_after"),
+    [
+        ("Retry-After: 120", "120"),
+        ("RETRY-AFTER:  120 ", "120"),
+        ("Retry-After: Fri, 31 Dec 2099 23:59:59 GMT", "Fri, 31 Dec 2099 23:59:59 GMT"),
+        ("Retry-After: soon", "soon"),
+        ("Retry-After:", ""),
+        ("X: 1", None),
+    ],
+)
+def test_when_a_receiver_wants_the_next(header: str, retry_after: str | None) -> None:
+    serve = answering(b"", header, status="503 Later")
+    with Peer(serve) as peer, make_outbound(peer.address) as outbound:
+        assert post(outbound, peer.url) == Receipt(503, retry_after)
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 Temporary", "308 Permanent"])
+def test_a_redirect_is_a_receipt(status: str) -> None:
+    with Peer(answering()) as elsewhere:
+        serve = answering(b"", f"Location: {elsewhere.url}/", status=status)
+        with Peer(serve) as peer, make_outbound(peer.address, elsewhere.address) as outbound:
+            assert post(outbound, peer.url) == Receipt(int(status[:3]), None)
+        assert elsewhere.connections == 0
+
+
+def test_no_cookie_goes_with_the_next_post() -> None:
+    seen: list[bytes] = []
+    serve = answering(b"", "Set-Cookie: sid=1; Path=/", seen=seen)
+    with Peer(serve) as peer, make_outbound(peer.address) as outbound:
+        post(outbound, peer.url)
+        post(outbound, peer.url)
+    assert [b"cookie" in request.lower() for request in seen] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        pytest.param(b"", ProviderUnavailable, id="nothing"),
+        pytest.param(b"HTTP/1.1 200", ProviderUnavailable, id="half a status line"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nX: 1", ProviderUnavailable, id="half a head"),
+        pytest.param(b"SSH-2.0-OpenSSH_9\r\n\r\n", ProviderUnavailable, id="other protocol"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n", ProviderUnavailable, id="bad header"),
+    ],
+)
+def test_no_head_is_no_receipt(text: bytes, failure: type[CallError]) -> None:
+    with Peer(says(text)) as peer, make_outbound(peer.address) as outbound, pytest.raises(CallError) as raised:
+        post(outbound, peer.url)
+    assert type(raised.value) is failure
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        pytest.param(silence, id="no byte"),
+        pytest.param(trickle(b"", b"H"), id="slow status line"),
+        pytest.param(trickle(b"HTTP/1.1 200 OK\r\n", b"X: x\r\n"), id="more headers"),
+        pytest.param(trickle(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), id="100s"),
+    ],
+)
+def test_no_receiver_outlasts_the_total_time(serve: Serve) -> None:
+    with Peer(serve) as peer, make_outbound(peer.address) as outbound:
+        start = time.monotonic()
+        with pytest.raises(ProviderTimeout):
+            post(outbound, peer.url, SHORT)
+        assert 0.19 < time.monotonic() - start < 0.2 + SLACK
+
+
+def test_a_body_that_nobody_reads_ends_in_time(silent: socket.socket) -> None:
+    allowed = f"127.0.0.1:{silent.getsockname()[1]}"
+    with make_outbound(allowed) as outbound, pytest.raises(CallError) as failure:
+        post(outbound, f"http://{allowed}/", SHORT, bytes(64 << 20))
+    assert type(failure.value) in (ProviderTimeout, ProviderUnavailable)
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_nothing_is_posted_to_a_private_address(guarded: Outbound, silent: socket.socket, host: str) -> None:
+    with pytest.raises(NotConnectable):
+        post(guarded, f"http://{host}:{silent.getsockname()[1]}/")
+    assert_untouched(silent)
+
+
+def test_posts_count_by_peer() -> None:
+    with (
+        Peer(hanging) as peer,
+        make_outbound(peer.address, per_provider=1) as outbound,
+        outbound.bulkhead.requesting("app"),
+    ):
+        with pytest.raises(Busy):
+            post(outbound, peer.url)
+        assert peer.connections == 0
+        assert post(outbound, peer.url, peer="other").status == 200
+
+
+# Whether a request would be made
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "may"),
+    [
+        pytest.param("8.8.8.8", 443, True, id="public"),
+        pytest.param("2606:4700::1111", 80, True, id="public IPv6"),
+        pytest.param("127.0.0.1", 9100, True, id="allowed"),
+        pytest.param("127.0.0.1", 9101, False, id="other port than allowed"),
+        pytest.param("127.0.0.2", 9100, False, id="other address than allowed"),
+        pytest.param("10.0.0.1", 443, False, id="private"),
+        pytest.param("169.254.169.254", 80, False, id="link-local"),
+        pytest.param("::1", 9100, False, id="loopback IPv6"),
+        pytest.param("::ffff:127.0.0.1", 9100, False, id="mapped"),
+        pytest.param("64:ff9b::a9fe:a9fe", 80, False, id="NAT64"),
+        pytest.param("localhost", 9101, False, id="private name"),
+        pytest.param("does-not-exist.invalid", 443, True, id="name that does not resolve"),
+        pytest.param("x" * 64 + ".example", 443, True, id="label too long"),
+        pytest.param("a..b", 443, True, id="empty label"),
+    ],
+)
+def test_may_connect(host: str, port: int, may: bool) -> None:
+    with make_outbound("127.0.0.1:9100") as outbound:
+        assert outbound.may_connect(host, port) is may
+
+
+PUBLIC, PRIVATE, ALLOWED = "93.184.215.14", "10.0.0.1", "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "may"),
+    [
+        pytest.param([PUBLIC], True, id="public"),
+        pytest.param([PUBLIC, "2606:4700::1111"], True, id="public, both families"),
+        pytest.param([PRIVATE], False, id="private"),
+        pytest.param([PUBLIC, PRIVATE], False, id="private, too"),
+        pytest.param([PRIVATE, PUBLIC], False, id="private first"),
+        pytest.param([PUBLIC, "fe80::1%eth0"], False, id="link-local with a scope"),
+        pytest.param([ALLOWED], True, id="allowed"),
+        pytest.param([ALLOWED, PUBLIC], True, id="allowed and public"),
+        pytest.param([ALLOWED, PRIVATE], False, id="allowed and private"),
+    ],
+)
+def test_all_addresses_of_a_name_count(monkeypatch: pytest.MonkeyPatch, addresses: list[str], may: bool) -> None:
+    resolve_to(monkeypatch, lambda: addresses)
+    with make_outbound(f"{ALLOWED}:9100") as outbound:
+        assert outbound.may_connect("app.example", 9100) is may
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, resolve: Callable[[], list[str]]) -> None:
+    """Stand in for the resolver, which is the outside world."""
+
+    def getaddrinfo(_: str, port: int, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in resolve()]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_a_name_that_takes_long_is_judged_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    def resolve() -> list[str]:
+        answer.wait(10)
+        return [PRIVATE]
+
+    resolve_to(monkeypatch, resolve)
+    with make_outbound() as outbound:
+        start = time.monotonic()
+        assert outbound.may_connect("app.example", 443)
+        assert 0.99 < time.monotonic() - start < 1 + SLACK
+        answer.set()
 
 
 # The bulkhead
