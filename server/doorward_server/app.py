@@ -226,6 +226,7 @@ class App:
         )
         return Outbound(
             allow=callbacks.allow,
+            setting="[callbacks] allow",
             ca_file=self.settings.outbound.ca_file,
             bulkhead=bulkhead,
             concurrency=threads,
@@ -262,6 +263,7 @@ class App:
             limits=Limits(limits.open_per_user, limits.requests_per_address, limits.requests_per_application),
             lifetime=timedelta(seconds=consents.timeout),
             allow_unregistered=consents.allow_unregistered,
+            bulkhead=self.outbound.bulkhead,
         )
 
     @cached_property

@@ -5,7 +5,6 @@ Owns the tables `consent_requests`, `grants`, `grant_keys` and `application_bloc
 """
 
 import random
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -44,7 +43,7 @@ from doorward_server.models import (
     User,
     to_micros,
 )
-from doorward_server.outbound import Outbound
+from doorward_server.outbound import Bulkhead, Outbound
 
 DEADLINE = "consent-deadline"
 _LONGEST_NAME, _LONGEST_STATE, _LONGEST_CALLBACK = 100, 2048, 2048
@@ -144,8 +143,7 @@ class Consents:
     limits: Limits
     lifetime: timedelta
     allow_unregistered: bool
-    # Only a hint to look sooner: other processes' requests are found by looking.
-    asked: threading.Event = field(default_factory=threading.Event)
+    bulkhead: Bulkhead  # of the calls that wait
 
     # Asking
 
@@ -170,9 +168,7 @@ class Consents:
             state=question.state.encode(),
             address=address,
         )
-        request_id = self.database.write(partial(self._insert, asking))
-        self.asked.set()
-        return request_id
+        return self.database.write(partial(self._insert, asking))
 
     def _judge_callback(self, url: str, caller: Registered | None) -> Application | None:
         """The application that asks, None for a stranger. Raises CallbackRejected."""
@@ -257,16 +253,22 @@ class Consents:
     # Prompting
 
     def lease(self, most: int, lease: timedelta, wait: float) -> list[Leased]:
-        """Take prompts to be sent, at most so many; waits so many seconds for the first."""
-        polls = self.clock.polls(wait, first=0.01, longest=_LONGEST_POLL)
-        while True:
-            leased = self._lease(most, lease)
-            if leased or next(polls, None) is None:
-                return [Leased(request, self._keys_of(request.discord_user)) for request in leased]
+        """Take prompts to be sent, at most so many; waits so many seconds for the first. Raises Busy."""
+        leased = self._lease(most, lease)
+        if not leased and wait:
+            with self.bulkhead.waiting():
+                for _ in self.clock.polls(wait, first=0.01, longest=_LONGEST_POLL):
+                    if leased := self._lease(most, lease):
+                        break
+        return [Leased(request, self._keys_of(request.discord_user)) for request in leased]
 
     def _lease(self, most: int, lease: timedelta) -> list[ConsentRequest]:
         now = self.clock.now()
-        leasable = (ConsentRequest.status == Status.PENDING) & (ConsentRequest.lease_expires_at <= now)
+        leasable = (
+            (ConsentRequest.status == Status.PENDING)
+            & (ConsentRequest.lease_expires_at <= now)
+            & (ConsentRequest.deadline_at > now)
+        )
         waiting = ConsentRequest.select().where(leasable).order_by(ConsentRequest.lease_expires_at, ConsentRequest.id)
         if not self.database.fetch_all(waiting.limit(1)):
             return []
@@ -284,34 +286,32 @@ class Consents:
     def mark_prompted(self, request_id: int, lease_epoch: int, message: str) -> None:
         """The prompt was sent. Raises ConsentRequestNotFound, RequestFinished, LeaseLost."""
         with self.database.writing():
-            request = self._get(request_id)
-            if not TRANSITIONS[Status(request.status)]:
+            together = self._open_together(self._get(request_id))
+            if not together:
                 raise RequestFinished
-            if request.lease_epoch != lease_epoch:
+            if together[0].lease_epoch != lease_epoch:
                 raise LeaseLost
             ConsentRequest.update(status=Status.PROMPTED, message=message).where(
-                ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
+                ConsentRequest.id.in_([one.id for one in together])
             ).execute()
 
     # Deciding
 
     def resolve(self, request_id: int, outcome: Status, key_ids: Sequence[int] = (), *, actor: str) -> Status:
-        """Record an outcome for all requests that share the prompt; the first one wins, and is returned.
+        """Record an outcome for all open requests that share the prompt, even when the given one is over.
 
-        Raises ConsentRequestNotFound, KeyNotFound.
+        When all of them are, their outcome stays, and is returned. Raises ConsentRequestNotFound, KeyNotFound.
         """
         with self.database.writing():
             request = self._get(request_id)
-            if request.finished_at is None:
-                if outcome is Status.GRANTED:
-                    self._require_keys(request.discord_user, key_ids)
-                together = ConsentRequest.select().where(
-                    ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
-                )
-                for one in list(together):
-                    self._finish(one, outcome, key_ids, actor)
-                return outcome
-            return Status(request.status)
+            together = self._open_together(request)
+            if not together:
+                return Status(request.status)
+            if outcome is Status.GRANTED:
+                self._require_keys(request.discord_user, key_ids)
+            for one in together:
+                self._finish(one, outcome, key_ids, actor)
+            return outcome
 
     def end(self, payload: Payload) -> None:
         """The job at a request's deadline."""
@@ -366,6 +366,13 @@ class Consents:
         if request is None:
             raise ConsentRequestNotFound
         return request
+
+    def _open_together(self, request: ConsentRequest) -> list[ConsentRequest]:
+        """The open requests that share a request's prompt."""
+        query = ConsentRequest.select().where(
+            ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
+        )
+        return list(query.order_by(ConsentRequest.id))
 
     def _keys_of(self, discord_user: str) -> list[ListedKey]:
         user = self.discord_users.find(discord_user)

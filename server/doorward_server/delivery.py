@@ -49,7 +49,8 @@ FROM deliveries JOIN consent_requests ON consent_requests.id = request_id
 LEFT JOIN applications ON applications.id = application_id
 WHERE deliveries.id = ? AND deliveries.status = 'queued'
 """
-_COMMIT_TO = "UPDATE deliveries SET carried_keys = ?, error = ? WHERE id = ?"
+_COMMIT_TO_KEYS = "UPDATE deliveries SET carried_keys = 1 WHERE id = ? AND error IS NULL RETURNING id"
+_COMMIT_TO_ERROR = "UPDATE deliveries SET error = ? WHERE id = ? AND NOT carried_keys RETURNING id"
 _ATTEMPT = """
 INSERT INTO delivery_attempts (delivery_id, started_at, milliseconds, status, error) VALUES (?, ?, ?, ?, ?)
 """
@@ -165,12 +166,16 @@ class Deliveries:
 
     def _commit_to(self, due: "_Due", *, has_keys: bool) -> "_Due":
         """Write down, before anything is sent, whether keys or an error go out: never both."""
-        committed = due._replace(
-            carried_keys=due.carried_keys or has_keys, error=None if has_keys else due.error or NOTHING_LEFT
-        )
-        if committed != due:
-            parameters = (committed.carried_keys, committed.error, due.id)
-            self.database.write(partial(self.database.execute, _COMMIT_TO, parameters))
+        if (due.carried_keys and has_keys) or due.error is not None:
+            return due
+        if has_keys:
+            committed, sql = due._replace(carried_keys=True), _COMMIT_TO_KEYS
+            parameters: tuple[object, ...] = (due.id,)
+        else:
+            committed, sql = due._replace(error=NOTHING_LEFT), _COMMIT_TO_ERROR
+            parameters = (NOTHING_LEFT, due.id)
+        if self.database.write(partial(self.database.execute, sql, parameters)) is None:
+            raise PutOff(_TURN, "CHANGED_MEANWHILE")
         return committed
 
     def _message(self, due: "_Due", keys: Sequence[str]) -> Message:

@@ -36,6 +36,7 @@ from doorward_server.errors import (
 
 MAX_ANSWER_BYTES = 1 << 20
 _JUDGING_SECONDS = 1.0
+_JUDGING_LOOKUPS = 8
 T = TypeVar("T")
 _HEADERS = {"user-agent": "doorward", "accept": "application/json", "accept-encoding": "identity"}
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -313,9 +314,21 @@ class Bulkhead:
 class Outbound:
     """Makes requests. Thread-safe."""
 
-    def __init__(self, *, allow: Iterable[str], ca_file: Path | None, bulkhead: Bulkhead, concurrency: int) -> None:
+    def __init__(
+        self,
+        *,
+        allow: Iterable[str],
+        setting: str = "[outbound] allow",
+        ca_file: Path | None,
+        bulkhead: Bulkhead,
+        concurrency: int,
+    ) -> None:
+        """`setting` is what the allow list is called, for the error when it is wrong."""
         self.bulkhead = bulkhead
-        self._backend = _GuardedBackend(parse_allowed(allow, "[outbound] allow"), concurrency)
+        allowed = parse_allowed(allow, setting)
+        self._backend = _GuardedBackend(allowed, concurrency)
+        # Whoever asks about names that resolve slowly must not hold up requests.
+        self._judge = _GuardedBackend(allowed, _JUDGING_LOOKUPS)
         # Transports and no client: they know no redirects, no cookies that could travel with another
         # user's request, and no environment; and a request takes them half of the time.
         tls = _tls(ca_file)
@@ -370,13 +383,14 @@ class Outbound:
         """Whether requests to a host would be made as its name resolves now; one that does not resolve may later."""
         token = _deadline.set(time.monotonic() + _JUDGING_SECONDS)
         try:
-            return self._backend.may_connect(host, port)
+            return self._judge.may_connect(host, port)
         finally:
             _deadline.reset(token)
 
     def close(self) -> None:
         self._transports.close()
         self._backend.close()
+        self._judge.close()
 
 
 def _answer(response: httpx.Response) -> Answer:

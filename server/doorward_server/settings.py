@@ -267,9 +267,10 @@ class Settings(BaseSettings):
     def _is_consistent(self) -> "Settings":
         for provider in self.providers.values():
             self.check_timeouts(provider)
-        if self.callbacks.timeout >= self.jobs.lease:
+        # A claimed job may wait for one before it.
+        if 2 * self.callbacks.timeout >= self.jobs.lease:
             raise ValueError(
-                f"[callbacks] timeout ({self.callbacks.timeout:g} s) has to be shorter than [jobs] lease "
+                f"[callbacks] timeout ({self.callbacks.timeout:g} s) has to be shorter than half of [jobs] lease "
                 f"({self.jobs.lease:g} s): lower the one or raise the other"
             )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004

@@ -337,7 +337,7 @@ FORBIDDEN = [
 ]
 
 
-@every_way
+@pytest.mark.parametrize("send", [by_query, by_form, by_json], ids=["query", "form", "JSON"])
 @pytest.mark.parametrize(("changes", "text"), INVALID)
 def test_refused(door: Stack, send: Send, changes: Mapping[str, str | None], text: str) -> None:
     fields = fields_of(**changes)

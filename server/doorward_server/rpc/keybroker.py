@@ -16,7 +16,7 @@ from doorward_server.consents import Consents, Leased, Question, Status, callbac
 from doorward_server.delivery import Deliveries
 from doorward_server.delivery import Status as DeliveryStatus
 from doorward_server.discord_users import DiscordUsers, parse_snowflake
-from doorward_server.errors import GrantNotFound, KeyNotFound, NoApplication
+from doorward_server.errors import GrantNotFound, InvalidField, KeyNotFound, NoApplication
 from doorward_server.models import ConsentRequest, Delivery
 from doorward_server.rpc.headers import client_address, read_metadata
 from doorward_server.rpc.policy import current_caller
@@ -24,6 +24,11 @@ from doorward_server.rpc.request_form import answer, read_question
 from doorward_server.service_tokens import Service
 
 _OUTCOMES = {"granted": Status.GRANTED, "canceled": Status.CANCELED, "blocked": Status.BLOCKED}
+_DELIVERY_STATUSES = {
+    pb.DELIVERY_STATUS_QUEUED: DeliveryStatus.QUEUED,
+    pb.DELIVERY_STATUS_SENT: DeliveryStatus.SENT,
+    pb.DELIVERY_STATUS_ABANDONED: DeliveryStatus.ABANDONED,
+}
 _MOST_LEASED, _LONGEST_WAIT, _LONGEST_LEASE, _MOST_DELIVERIES = 100, 30.0, 300, 1000
 
 
@@ -128,8 +133,9 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
     def BlockApplication(
         self, request: pb.BlockApplicationRequest, context: grpc.ServicerContext
     ) -> pb.BlockApplicationResponse:
-        user = self.discord_users.obtain(parse_snowflake(request.discord_user_id))
-        self.consents.block(user, request.request_id, actor=_actor())
+        discord_user = parse_snowflake(request.discord_user_id)
+        self.consents.get(request.request_id)  # a request that there is not makes no user
+        self.consents.block(self.discord_users.obtain(discord_user), request.request_id, actor=_actor())
         return pb.BlockApplicationResponse()
 
     # For operators
@@ -137,7 +143,11 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
     def ListDeliveries(
         self, request: pb.ListDeliveriesRequest, context: grpc.ServicerContext
     ) -> pb.ListDeliveriesResponse:
-        status = DeliveryStatus(_name(pb.DeliveryStatus.Name(request.status))) if request.status else None
+        status = None
+        if request.status:
+            if request.status not in _DELIVERY_STATUSES:
+                raise InvalidField({"field": "status"})
+            status = _DELIVERY_STATUSES[request.status]
         most = min(max(request.max_deliveries, 1), _MOST_DELIVERIES)
         deliveries = self.deliveries.latest(status, most, request.before_id or None)
         return pb.ListDeliveriesResponse(deliveries=map(self._delivery, deliveries))
@@ -226,10 +236,6 @@ def _key(listed: ListedKey) -> pb.ApiKey:
 
 def _status(status: Status) -> pb.ConsentStatus.ValueType:
     return pb.ConsentStatus.Value(f"CONSENT_STATUS_{status.upper()}")
-
-
-def _name(value: str) -> str:
-    return value.removeprefix("DELIVERY_STATUS_").lower()
 
 
 def _timestamp(time: datetime | None) -> Timestamp | None:
