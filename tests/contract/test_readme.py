@@ -20,7 +20,10 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    ports = {f"DOORWARD_{name}_PORT": str(free_port()) for name in ("GATEWAY", "GATEWAY_ADMIN", "GRPC", "SANDBOX")}
+    ports = {
+        f"DOORWARD_{name}_PORT": str(free_port())
+        for name in ("GATEWAY", "GATEWAY_ADMIN", "GRPC", "SANDBOX", "SANDBOX_RECEIVER")
+    }
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     home = tmp_path_factory.mktemp("readme") / "home"
     environment = {**clean_environment({"DOORWARD_HOME": str(home), "PATH": path}), **ports}
@@ -49,18 +52,22 @@ def block(after: str) -> str:
     return match[1]
 
 
-@pytest.mark.usefixtures("up")
-def test_the_readmes_lines(environment: dict[str, str]) -> None:
-    scripts = [block("connect a user's `flo` account"), block("With `make up` running")]
+def test_the_readmes_lines(up: Process, environment: dict[str, str]) -> None:
+    scripts = [
+        block("connect a user's `flo` account"),
+        block("With `make up` running"),
+        block("in the Discord bot's place"),
+    ]
     script = "".join(scripts).replace(".venv/bin/", "")
-    for port, name in (("8080", "GATEWAY"), ("9100", "SANDBOX")):
+    for port, name in (("8080", "GATEWAY"), ("9100", "SANDBOX"), ("9200", "SANDBOX_RECEIVER")):
         script = script.replace(f"127.0.0.1:{port}", f"127.0.0.1:{environment[f'DOORWARD_{name}_PORT']}")
     done = subprocess.run(
         ["bash", "-euc", script], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     expected = "created user 1 (ada)\n" + block("The five requests print") + block("made, linked and logged in")
-    assert done.stdout == expected
+    assert done.stdout == expected + block("These lines print")
+    up.await_output(block("The receiver prints").strip())
 
 
 @pytest.mark.usefixtures("up")
