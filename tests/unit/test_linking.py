@@ -10,7 +10,8 @@ import pytest
 from doorward_server import models
 from doorward_server import settings as settings_module
 from doorward_server.app import App
-from doorward_server.errors import CallError, ProviderNotFound, UserNotFound
+from doorward_server.consents import Question, Status
+from doorward_server.errors import CallError, IdentityTaken, ProviderNotFound, UserNotFound
 from doorward_server.identities import Proof
 from doorward_server.models import ApiClient, OAuthIdentity, User
 from doorward_server.providers import Provider
@@ -46,6 +47,7 @@ def app(tmp_path: Path, peer: Peer) -> Iterator[App]:
     models.bind(app.database)
     yield app
     app.outbound.close()
+    app.callback_outbound.close()
     app.database.close()
 
 
@@ -112,3 +114,40 @@ def test_a_link_meanwhile(
             add(app, client, user)
     linked = app.database.fetch_all(OAuthIdentity.select())
     assert [identity.subject for identity in linked] == ([] if failure else ["7"])
+
+
+# Adoption
+
+
+def discord(peer: Peer) -> Provider:
+    return Provider(id="discord", kind="identity", lookup_url=peer.url + "/?t={access_token}")
+
+
+def test_a_linked_discord_user_s_keys_grants_and_blocks_are_adopted(
+    app: App, peer: Peer, client: ApiClient, user: User
+) -> None:
+    app.providers.add(discord(peer))
+    person = app.discord_users.obtain("7")
+    key = app.api_keys.add(person, "game", "main", "EXAMPLE-KEY", actor="test")
+    request_id = app.consents.request(Question("x", "7", "https://93.184.215.14/cb", "s"), None, "")
+    app.consents.resolve(request_id, Status.GRANTED, [key.id], actor="test")
+    app.consents.block(person, request_id, actor="test")
+    profile = app.identities.add(client.id, user.slug, Proof("discord", "token", None))
+    assert [(one.provider, one.subject) for one in profile.identities] == [("discord", "7")]
+    assert [listed.key.id for listed in app.api_keys.list(user)] == [key.id]
+    assert [key_ids for _, key_ids in app.consents.grants(user)] == [[key.id]]
+    assert app.discord_users.find("7") == user
+    assert {one.id for one in app.database.fetch_all(User.select())} == {user.id}
+    # What is still to be delivered goes out with the adopted keys.
+    assert app.api_keys.values([key.id]) == ["EXAMPLE-KEY"]
+
+
+def test_an_identity_of_another_client_s_user_is_not_adopted(
+    app: App, peer: Peer, client: ApiClient, user: User
+) -> None:
+    app.providers.add(discord(peer))
+    other = app.users.create("Bob", client_id=app.clients.create("other")[0].id)
+    app.identities.add(other.client_id or "", other.slug, Proof("discord", "token", None))
+    with pytest.raises(IdentityTaken):
+        app.identities.add(client.id, user.slug, Proof("discord", "token", None))
+    assert app.discord_users.find("7") == other
