@@ -276,6 +276,7 @@ class App:
                 DEADLINE: self.consents.end,
                 DELIVERY: self.deliveries.attempt,
             },
+            when_abandoned={DELIVERY: self.deliveries.abandon},
             retry=RetryPolicy(jobs.schedule),
             lease=timedelta(seconds=jobs.lease),
             poll=jobs.poll,

@@ -16,19 +16,20 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from standardwebhooks import Webhook
 
 from doorward_server.api_keys import ApiKeys
 from doorward_server.applications import Applications
 from doorward_server.audit import Audit
+from doorward_server.callbacks import Callback
 from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.errors import Busy, CallError, DeliveryNotAbandoned, DeliveryNotFound
 from doorward_server.jobs import Jobs, Payload, PutOff
 from doorward_server.models import ConsentRequest, Delivery, DeliveryAttempt, to_micros
-from doorward_server.outbound import Outbound, Receipt, Timeouts
+from doorward_server.outbound import ConnectTimeout, NotConnectable, Outbound, Receipt, Timeouts
 
 DELIVERY = "delivery"
 NOTHING_LEFT = "user canceled"
@@ -44,17 +45,22 @@ WHERE grants.request_id = ? AND grants.revoked_at IS NULL ORDER BY grant_keys.po
 
 _DUE = """
 SELECT deliveries.id, request_id, webhook_id, error, carried_keys, attempts, discord_user, callback, state,
-       application_id, callback_format
+       application_id, callback_format, next_attempt_at
 FROM deliveries JOIN consent_requests ON consent_requests.id = request_id
 LEFT JOIN applications ON applications.id = application_id
 WHERE deliveries.id = ? AND deliveries.status = 'queued'
 """
 _COMMIT_TO_KEYS = "UPDATE deliveries SET carried_keys = 1 WHERE id = ? AND error IS NULL RETURNING id"
 _COMMIT_TO_ERROR = "UPDATE deliveries SET error = ? WHERE id = ? AND NOT carried_keys RETURNING id"
+_AS_BEFORE = "UPDATE deliveries SET carried_keys = ? WHERE id = ?"
 _ATTEMPT = """
 INSERT INTO delivery_attempts (delivery_id, started_at, milliseconds, status, error) VALUES (?, ?, ?, ?, ?)
 """
 _WAIT = "UPDATE deliveries SET attempts = attempts + 1, next_attempt_at = ? WHERE id = ?"
+_ABANDON = """
+UPDATE deliveries SET status = 'abandoned', next_attempt_at = NULL, finished_at = ?
+WHERE id = ? AND status = 'queued'
+"""
 _FINISH = "UPDATE deliveries SET status = ?, attempts = ?, next_attempt_at = NULL, finished_at = ? WHERE id = ?"
 
 
@@ -95,6 +101,7 @@ class _Attempted(NamedTuple):
     milliseconds: int
     receipt: Receipt | None
     failure: str | None
+    nothing_was_sent: bool
 
     @property
     def status(self) -> int | None:
@@ -115,6 +122,7 @@ class _Due(NamedTuple):
     state: bytes
     application_id: str | None
     callback_format: str | None
+    next_attempt_at: int
 
 
 @dataclass(frozen=True)
@@ -152,14 +160,22 @@ class Deliveries:
         if row is None:
             return
         due = _Due(*row)
+        early = due.next_attempt_at - to_micros(self.clock.now())
+        if early > 0:  # the worker before died when it had made its attempt, and before it could put off the job
+            raise PutOff(timedelta(microseconds=early), "TOO_EARLY")
         key_ids = [] if due.error is not None else self._key_ids(due)
         keys = self.api_keys.values(key_ids) if key_ids else []
         if not keys and due.error is None and due.carried_keys:
             # Its keys went out once, and none is left: an error now would contradict them.
             self.database.write(partial(self._finish, due, Status.ABANDONED, due.attempts))
             return
-        due = self._commit_to(due, has_keys=bool(keys))
-        self._record(due, self._post(due.callback, self._message(due, keys)), key_ids if keys else [])
+        committed = self._commit_to(due, has_keys=bool(keys))
+        attempted = self._post(due.callback, self._message(committed, keys))
+        if attempted.nothing_was_sent:
+            self.database.write(partial(self.database.execute, _AS_BEFORE, (due.carried_keys, due.id)))
+        if attempted.failure == Busy.reason:
+            raise PutOff(_TURN, Busy.reason)
+        self._record(committed, attempted, key_ids if keys and not attempted.nothing_was_sent else [])
 
     def _key_ids(self, due: "_Due") -> list[int]:
         return [row[0] for row in self.database.fetch_rows(_KEY_IDS, (due.request_id,))]
@@ -196,16 +212,17 @@ class Deliveries:
 
     def _post(self, url: str, message: Message) -> "_Attempted":
         started, clock = self.clock.now(), time.monotonic()
-        receipt, failure = None, None
+        receipt, failure, nothing_was_sent = None, None, False
         try:
+            # However it is spelled, a host is one.
+            peer = Callback.parse(url).host
             receipt = self.callbacks.post(
-                url, peer=urlsplit(url).netloc, timeouts=self.timeouts, headers=message.headers, body=message.body
+                url, peer=peer, timeouts=self.timeouts, headers=message.headers, body=message.body
             )
-        except Busy:
-            raise PutOff(_TURN, Busy.reason) from None
         except CallError as error:
             failure = error.reason
-        return _Attempted(started, round((time.monotonic() - clock) * 1000), receipt, failure)
+            nothing_was_sent = isinstance(error, Busy | NotConnectable | ConnectTimeout)
+        return _Attempted(started, round((time.monotonic() - clock) * 1000), receipt, failure, nothing_was_sent)
 
     def _record(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> None:
         """Write down how an attempt went. Raises PutOff when there is to be another."""
@@ -233,6 +250,10 @@ class Deliveries:
 
     def _finish(self, due: "_Due", status: Status, attempts: int) -> None:
         self.database.execute(_FINISH, (status, attempts, to_micros(self.clock.now()), due.id))
+
+    def abandon(self, payload: Payload) -> None:
+        """The job of a delivery was given up; inside its transaction."""
+        self.database.execute(_ABANDON, (to_micros(self.clock.now()), payload["delivery"]))
 
     # For operators
 
@@ -280,5 +301,5 @@ def _seconds(retry_after: str | None, now: datetime) -> float | None:
         return float(retry_after[:10])
     try:
         return (parsedate_to_datetime(retry_after) - now).total_seconds()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from doorward_server.clock import Clock
@@ -33,7 +34,7 @@ UPDATE jobs SET run_at = ?, attempts = attempts + 1
 WHERE id IN (SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ?) RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
 _FINISH = "DELETE FROM jobs WHERE id = ? AND attempts = ?"
-_PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ? WHERE id = ? AND attempts = ?"
+_PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ? RETURNING id"
 
 
 class Abandon(DoorwardError):
@@ -51,7 +52,7 @@ class PutOff(DoorwardError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Seconds between attempts, in order; after the last one the job is abandoned."""
+    """Seconds between failures, in order; after the last one the job is abandoned."""
 
     schedule: Sequence[float]
 
@@ -102,10 +103,20 @@ class Jobs:
         """The job is done."""
         self._database.write(partial(self._database.execute, _FINISH, (job.id, job.attempts)))
 
-    def put_off(self, job: Job, delay: timedelta | None, reason: str) -> None:
-        """Try again after the delay; None: abandon the job, but keep it for the operator to see."""
-        run_at = to_micros(self._clock.now() + delay) if delay is not None else None
-        self._database.write(partial(self._database.execute, _PUT_OFF, (run_at, reason, job.id, job.attempts)))
+    def put_off(self, job: Job, delay: timedelta, reason: str, *, failures: int = 0) -> None:
+        """Try again after the delay; so many attempts have failed since one went as it should."""
+        parameters = (to_micros(self._clock.now() + delay), reason, failures, job.id, job.attempts)
+        self._database.write(partial(self._database.execute, _PUT_OFF, parameters))
+
+    def abandon(self, job: Job, reason: str, also: Callable[[], None] = lambda: None) -> None:
+        """Try no more, but keep the job for the operator to see; what else follows is done in the same transaction."""
+
+        def change() -> None:
+            parameters = (None, reason, job.failures + 1, job.id, job.attempts)
+            if self._database.execute(_PUT_OFF, parameters) is not None:
+                also()
+
+        self._database.write(change)
 
 
 class Worker:
@@ -116,6 +127,7 @@ class Worker:
         jobs: Jobs,
         handlers: Mapping[str, Handler],
         *,
+        when_abandoned: Mapping[str, Handler] = MappingProxyType({}),
         retry: RetryPolicy,
         lease: timedelta,
         poll: float,
@@ -124,6 +136,8 @@ class Worker:
     ) -> None:
         self._jobs = jobs
         self._handlers = handlers
+        # Told of a job that is given up, inside the transaction that says so.
+        self._when_abandoned = when_abandoned
         self._retry = retry
         self._lease = lease
         self._poll = poll
@@ -180,14 +194,15 @@ class Worker:
             self._log.info("job done", job_id=job.id, kind=job.kind, attempts=job.attempts)
 
     def _fail(self, job: Job, reason: str) -> None:
-        delay = self._retry.delay(job.attempts)
+        failures = job.failures + 1
+        delay = self._retry.delay(failures)
         if delay is None:
             self._give_up(job, reason)
         else:
-            self._put_off(job, delay, reason)
+            self._put_off(job, delay, reason, failures=failures)
 
-    def _put_off(self, job: Job, delay: timedelta, reason: str) -> None:
-        self._jobs.put_off(job, delay, reason)
+    def _put_off(self, job: Job, delay: timedelta, reason: str, *, failures: int = 0) -> None:
+        self._jobs.put_off(job, delay, reason, failures=failures)
         self._log.warning(
             "job put off",
             job_id=job.id,
@@ -198,8 +213,14 @@ class Worker:
         )
 
     def _give_up(self, job: Job, reason: str) -> None:
-        self._jobs.put_off(job, None, reason)
+        self._jobs.abandon(job, reason, also=partial(self._tell_abandoned, job))
         self._log.error("job abandoned", job_id=job.id, kind=job.kind, attempts=job.attempts, reason=reason)
+
+    def _tell_abandoned(self, job: Job) -> None:
+        handler = self._when_abandoned.get(job.kind)
+        with contextlib.suppress(CannotOpen):
+            if handler is not None:
+                handler(self._jobs.payload(job))
 
     def _run(self) -> None:
         least = 1

@@ -243,6 +243,7 @@ class Job(Record):
     payload = peewee.BlobField()  # sealed JSON
     run_at = TimeField(null=True)  # unset: abandoned
     attempts = peewee.IntegerField()
+    failures = peewee.IntegerField(default=0)  # since the last attempt that went as it should
     last_error = peewee.TextField(null=True)
     created_at = TimeField()
 

@@ -507,12 +507,13 @@ def test_beside_its_callbacks(door: Stack, application: Application, callback: s
     "authorization",
     ["Basic", "Basic !", basic("app_0", "x"), "Basic " + base64.b64encode(b"no colon").decode(), "Bearer x"],
 )
-def test_wrong_credentials_are_nobody_s(door: Stack, application: Application, authorization: str) -> None:
-    """Whatever is said of the credentials, the request is not taken for the application's."""
-    fields = fields_of(callback=REGISTERED)
-    answer = by_form(door, fields, headers={"authorization": authorization})
-    assert answer.status_code in (400, 401)
-    assert requests_of(door, fields["userid"]) == []
+def test_wrong_credentials_are_a_stranger_s(door: Stack, application: Application, authorization: str) -> None:
+    headers = {"authorization": authorization}
+    assert_answer(by_form(door, fields_of(callback=REGISTERED), headers=headers), 400, "invalid callback")
+    fields = fields_of()
+    assert_ok(by_form(door, fields, headers=headers))
+    [request] = requests_of(door, fields["userid"])
+    assert request.application_id is None
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from tests.sandbox.client import SandboxProvider
 from tests.sandbox.receiver import Callback, Receiver, callback_receiver
 from tests.stack import Stack, make_stack
 
-REQUESTS, KILLS = 20, 6
+REQUESTS, KILLS = 20, 5
 SOAK_REQUESTS, SOAK_KILLS = 200, 100
-# A dead worker's claims are free again after the lease, which has to be longer than an attempt may take.
-ENVIRONMENT = AT_ONCE | {"DOORWARD_JOBS_LEASE": "1.0"}
+# A dead worker's claims are free again after the lease, which has to be twice as long as an attempt may take.
+ENVIRONMENT = AT_ONCE | {"DOORWARD_JOBS_LEASE": "1.2"}
 ASKERS = 4
 KEYS = ["fault-key-1", "fault-key-2"]
 

@@ -19,6 +19,7 @@ from doorward_server.clock import Clock
 from doorward_server.consents import Status
 from doorward_server.delivery import Schedule
 from doorward_server.errors import DeliveryNotAbandoned, DeliveryNotFound
+from doorward_server.jobs import PutOff
 from doorward_server.models import AuditEvent, ConsentRequest, Delivery, DeliveryAttempt, Job
 from tests.processes import await_condition
 from tests.unit.conftest import StoppedClock
@@ -413,6 +414,24 @@ def test_a_database_that_is_away_for_a_while(make_application: Callable[..., App
     application.world.clock.advance(24 * HOUR)
     application.work()
     assert (state_of(delivery)[0], Job.select().where(Job.run_at.is_null()).count()) == ("sent", 0)
+
+
+def test_a_worker_that_dies_after_its_attempt(application: Application) -> None:
+    """The attempt is on record, the job is still claimed: at the end of the claim it is not yet time for the next."""
+    application.answer(500)
+    delivery = application.deliver()
+    application.work()
+    application.world.clock.advance(timedelta(seconds=6))
+    jobs = application.world.app.jobs
+    job = jobs.claim(timedelta(seconds=60))
+    assert job is not None
+    with pytest.raises(PutOff):
+        application.world.app.deliveries.attempt(jobs.payload(job))
+    application.world.clock.advance(timedelta(seconds=60))
+    application.work()
+    assert (len(application.received), state_of(delivery)) == (2, ("queued", 2, True))
+    assert 240 <= application.wait_for_next(delivery).total_seconds() <= 270
+    assert len(application.received) == 3
 
 
 # Where they never go

@@ -176,7 +176,7 @@ def test_a_claimed_job_is_its_worker_s_until_the_lease_ends(
     [
         pytest.param(lambda jobs, job: jobs.finish(job), id="finish"),
         pytest.param(lambda jobs, job: jobs.put_off(job, timedelta(0), "LATE"), id="put off"),
-        pytest.param(lambda jobs, job: jobs.put_off(job, None, "LATE"), id="abandon"),
+        pytest.param(lambda jobs, job: jobs.abandon(job, "LATE"), id="abandon"),
     ],
 )
 @pytest.mark.parametrize("ending", ["under way", "put off", "finished", "abandoned"])

@@ -41,6 +41,7 @@ CREATE TABLE signing_secrets (
     expires_at BIGINT
 );
 CREATE INDEX signing_secrets_application ON signing_secrets (application_id);
+ALTER TABLE jobs ADD COLUMN failures INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE service_tokens ADD COLUMN application_id TEXT REFERENCES applications (id) ON DELETE CASCADE;
 
 CREATE TABLE consent_requests (
