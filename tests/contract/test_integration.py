@@ -443,6 +443,9 @@ def test_a_failing_revocation_neither_delays_nor_fails_the_answer(stack: Stack, 
 
 def test_a_failed_revocation_is_tried_again(stack: Stack, person: Person) -> None:
     assert post_code(stack, person, stack.provider.code()).status_code == 200
+    # Earlier tests' revocations would take the faults for theirs.
+    waiting = "SELECT count(*) FROM jobs WHERE kind = 'revoke-token' AND run_at IS NOT NULL"
+    await_condition(lambda: stack.app.database.fetch_one(waiting, ()) == (0,), "the end of earlier revocations")
     stack.provider.fault("revoke", "status", status=503, times=2)
     assert rest(stack, "DELETE", path(), headers=as_user(person)).status_code == 200
     await_condition(lambda: stack.provider.families()[-1]["revoked"], "the third attempt")

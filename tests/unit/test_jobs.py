@@ -193,7 +193,7 @@ def test_a_claim_that_ran_out_changes_nothing_any_more(
         case "finished":
             jobs.finish(quick)
         case "abandoned":
-            jobs.put_off(quick, None, "QUICK")
+            jobs.abandon(quick, "QUICK")
     before = rows(database)
     late(jobs, slow)
     assert rows(database) == before

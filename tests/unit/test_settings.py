@@ -109,7 +109,7 @@ def test_another_settings_file_can_be_tried(tmp_path: Path) -> None:
         pytest.param("", id="empty"),
         pytest.param("# nothing\n", id="comment"),
         pytest.param("[callbacks]\nallow = ['127.0.0.1:9100']\nschedule = [5, 300]\nper_host = 1\n", id="callbacks"),
-        pytest.param("[callbacks]\ntimeout = 59.9\n", id="longest timeout of callbacks"),
+        pytest.param("[callbacks]\ntimeout = 29.9\n", id="longest timeout of callbacks"),
         pytest.param("[consents]\ntimeout = 60\nallow_unregistered = false\n", id="consents"),
         pytest.param("[limits]\nopen_per_user = 0\nrequests_per_address = 0\n", id="no limits of requests"),
         pytest.param("[gateway]\nanything = 'the launcher reads it'\n", id="the gateway's own"),
