@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from doorward_server.crypto import KeyRing, Place, fingerprint, make_secret
 from doorward_server.database import Database
 from doorward_server.errors import ApplicationNotFound, CallbackRejected, OperatorError
 from doorward_server.models import Application, ApplicationSecret, SigningSecret, to_micros
+from doorward_server.rotation import retire
 
 # Told apart from other secrets by people and by scanners of repositories.
 _ID_PREFIX, _SECRET_PREFIX = "app_", "das_"
@@ -151,7 +152,9 @@ class Applications:
         with self.database.writing():
             self.get(application_id)
             secret = self._add_secret(application_id)
-            ends_at = self._retire(ApplicationSecret, application_id, overlap)
+            ends_at = retire(
+                ApplicationSecret, ApplicationSecret.application == application_id, overlap, self.clock.now()
+            )
             self._record("rotated", application_id, previous_ends=ends_at.isoformat())
         return secret
 
@@ -160,7 +163,7 @@ class Applications:
         with self.database.writing():
             self.get(application_id)
             secret = self._add_signing(application_id)
-            ends_at = self._retire(SigningSecret, application_id, overlap)
+            ends_at = retire(SigningSecret, SigningSecret.application == application_id, overlap, self.clock.now())
             self._record("signing_rotated", application_id, previous_ends=ends_at.isoformat())
         return secret
 
@@ -186,7 +189,7 @@ class Applications:
         """Raise OperatorError when another application's prefix overlaps; inside the transaction that adds these."""
         ours = [Callback.parse_prefix(prefix) for prefix in prefixes]
         for other in Application.select().where(Application.id != application_id):
-            for theirs in _parsed(json.dumps(other.callback_prefixes)):
+            for theirs in map(Callback.parse_prefix, other.callback_prefixes):
                 for prefix in ours:
                     if prefix.overlaps(theirs):
                         raise OperatorError(
@@ -208,17 +211,6 @@ class Applications:
         sealed = self.keys.seal(secret, _place(row.id))
         SigningSecret.update(secret=sealed).where(SigningSecret.id == row.id).execute()
         return secret
-
-    def _retire(
-        self, model: type[ApplicationSecret | SigningSecret], application_id: str, overlap: timedelta
-    ) -> datetime:
-        """End the secret before the newest after `overlap`, and any older one now; returns when the former ends."""
-        now = self.clock.now()
-        *older, previous, _newest = model.select().where(model.application == application_id).order_by(model.id)
-        ends_at: datetime = min(now + overlap, previous.expires_at or now + overlap)
-        model.update(expires_at=ends_at).where(model.id == previous.id).execute()
-        model.delete().where(model.id.in_([one.id for one in older])).execute()
-        return ends_at
 
     def _record(self, event: str, application_id: str, **details: Any) -> None:
         self.audit.record(_OPERATOR, f"application.{event}", f"application:{application_id}", **details)

@@ -11,6 +11,7 @@ from doorward_server.crypto import fingerprint, make_secret
 from doorward_server.database import Database
 from doorward_server.errors import ApiClientNotFound, OperatorError
 from doorward_server.models import ApiClient, ClientSecret, to_micros
+from doorward_server.rotation import retire
 
 # Told apart from other secrets by people and by scanners of repositories.
 _ID_PREFIX, _SECRET_PREFIX = "dwc_", "dws_"
@@ -63,15 +64,10 @@ class ApiClients:
 
     def rotate(self, client_id: str, overlap: timedelta) -> str:
         """Add a secret; the one before is valid for `overlap` more, any older one ends now."""
-        client, now = self.get(client_id), self.clock.now()
+        client = self.get(client_id)
         with self.database.writing():
             secret = self._add_secret(client)
-            *older, previous, _newest = (
-                ClientSecret.select().where(ClientSecret.client == client).order_by(ClientSecret.id)
-            )
-            previous_end = min(now + overlap, previous.expires_at or now + overlap)
-            ClientSecret.update(expires_at=previous_end).where(ClientSecret.id == previous.id).execute()
-            ClientSecret.delete().where(ClientSecret.id.in_([one.id for one in older])).execute()
+            retire(ClientSecret, ClientSecret.client == client, overlap, self.clock.now())
         return secret
 
     def enable(self, client_id: str, *, enabled: bool) -> None:

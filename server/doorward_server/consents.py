@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from doorward_server.api_keys import ApiKeys, ListedKey
 from doorward_server.applications import Applications, Registered
@@ -155,7 +155,7 @@ class Consents:
         discord_user = parse_snowflake(question.user_id)
         if len(question.callback) > _LONGEST_CALLBACK:
             raise ParameterTooLong
-        application = self._judge_callback(question.callback, caller)
+        application, host = self._judge_callback(question.callback, caller)
         if len(question.name) > _LONGEST_NAME or len(question.state) > _LONGEST_STATE:
             raise ParameterTooLong
         if application is None and self.applications.is_known_name(name):
@@ -165,13 +165,14 @@ class Consents:
             application_id=application.id if application else None,
             name=application.name if application else name,
             callback=question.callback,
+            host=host,
             state=question.state.encode(),
             address=address,
         )
         return self.database.write(partial(self._insert, asking))
 
-    def _judge_callback(self, url: str, caller: Registered | None) -> Application | None:
-        """The application that asks, None for a stranger. Raises CallbackRejected."""
+    def _judge_callback(self, url: str, caller: Registered | None) -> tuple[Application | None, str]:
+        """The application that asks, None for a stranger, and the callback's host. Raises CallbackRejected."""
         try:
             callback = Callback.parse(url)
         except InvalidCallback:
@@ -183,7 +184,7 @@ class Consents:
             raise CallbackRejected
         if not self.callbacks.may_connect(callback.host, callback.port):
             raise CallbackRejected
-        return owner
+        return owner, callback.host
 
     def _insert(self, asking: "_Asking") -> int:
         """Inside a transaction."""
@@ -229,7 +230,7 @@ class Consents:
             else (deadline, Status.TIMED_OUT)
         )
         self.jobs.queue(DEADLINE, {"request": request_id, "outcome": outcome}, run_at=ends)
-        asker = _audited(asking.application_id, asking.callback)
+        asker = _sender(asking.application_id, asking.host)
         self.audit.record(asker, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
         return request_id
 
@@ -286,7 +287,7 @@ class Consents:
     def mark_prompted(self, request_id: int, lease_epoch: int, message: str) -> None:
         """The prompt was sent. Raises ConsentRequestNotFound, RequestFinished, LeaseLost."""
         with self.database.writing():
-            together = self._open_together(self._get(request_id))
+            together = self._open_together(self.get(request_id))
             if not together:
                 raise RequestFinished
             if together[0].lease_epoch != lease_epoch:
@@ -303,7 +304,7 @@ class Consents:
         When all of them are, their outcome stays, and is returned. Raises ConsentRequestNotFound, KeyNotFound.
         """
         with self.database.writing():
-            request = self._get(request_id)
+            request = self.get(request_id)
             together = self._open_together(request)
             if not together:
                 return Status(request.status)
@@ -337,7 +338,7 @@ class Consents:
             f"consent.{outcome}",
             f"request:{request.id}",
             discord_user=request.discord_user,
-            application=_audited(request.application_id, request.callback),
+            application=_audited(request),
             keys=list(key_ids),
         )
 
@@ -360,12 +361,6 @@ class Consents:
         """A user's requests, the latest first, at most a hundred."""
         query = ConsentRequest.select().where(ConsentRequest.discord_user == parse_snowflake(discord_user))
         return self.database.fetch_all(query.order_by(ConsentRequest.id.desc()).limit(100))
-
-    def _get(self, request_id: int) -> ConsentRequest:
-        request = ConsentRequest.get_or_none(ConsentRequest.id == request_id)
-        if request is None:
-            raise ConsentRequestNotFound
-        return request
 
     def _open_together(self, request: ConsentRequest) -> list[ConsentRequest]:
         """The open requests that share a request's prompt."""
@@ -397,14 +392,13 @@ class Consents:
     def block(self, user: User, request_id: int, *, actor: str) -> None:
         """Keep the application of a request from asking the user again. Raises ConsentRequestNotFound."""
         with self.database.writing():
-            request = self._get(request_id)
+            request = self.get(request_id)
             ApplicationBlock.insert(
                 user=user.id,
                 application=_sender(request.application_id, request.callback),
                 created_at=self.clock.now(),
             ).on_conflict_ignore().execute()
-            application = _audited(request.application_id, request.callback)
-            self.audit.record(actor, "application.blocked", f"user:{user.id}", application=application)
+            self.audit.record(actor, "application.blocked", f"user:{user.id}", application=_audited(request))
 
     def adopt(self, user_id: int, by: int) -> None:
         """Pass a user's grants and blocks to another user, inside the caller's transaction."""
@@ -427,6 +421,7 @@ class _Asking:
     application_id: str | None
     name: str
     callback: str
+    host: str
     state: bytes
     address: str
 
@@ -440,11 +435,11 @@ def _sender(application_id: str | None, callback: str) -> str:
     return f"application:{application_id}" if application_id is not None else f"callback:{callback}"
 
 
-def _audited(application_id: str | None, callback: str) -> str:
+def _audited(request: ConsentRequest) -> str:
     """As the audit trail names who asks: nothing is ever taken out of that, and a callback may hold a secret."""
-    return _sender(application_id, Callback.parse(callback).host)
+    return _sender(request.application_id, callback_host(request))
 
 
-def callback_host(request: ConsentRequest) -> Any:
+def callback_host(request: ConsentRequest) -> str:
     """Where the keys are sent, for people: the callback's host."""
     return Callback.parse(request.callback).host

@@ -171,7 +171,7 @@ class Deliveries:
             return
         committed = self._commit_to(due, has_keys=bool(keys))
         attempted = self._post(due.callback, self._message(committed, keys))
-        if attempted.nothing_was_sent:
+        if attempted.nothing_was_sent and committed.carried_keys != due.carried_keys:
             self.database.write(partial(self.database.execute, _AS_BEFORE, (due.carried_keys, due.id)))
         if attempted.failure == Busy.reason:
             raise PutOff(_TURN, Busy.reason)
@@ -281,10 +281,7 @@ class Deliveries:
     def redeliver(self, delivery_id: int, *, actor: str) -> None:
         """Start the schedule of an abandoned delivery anew. Raises DeliveryNotFound, DeliveryNotAbandoned."""
         with self.database.writing():
-            delivery = Delivery.get_or_none(Delivery.id == delivery_id)
-            if delivery is None:
-                raise DeliveryNotFound
-            if delivery.status != Status.ABANDONED:
+            if self.get(delivery_id).status != Status.ABANDONED:
                 raise DeliveryNotAbandoned
             Delivery.update(status=Status.QUEUED, attempts=0, next_attempt_at=self.clock.now(), finished_at=None).where(
                 Delivery.id == delivery_id

@@ -7,13 +7,12 @@ from functools import partial
 from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.errors import InvalidUserId
-from doorward_server.models import OAuthIdentity, User
+from doorward_server.models import USER_OF_IDENTITY, OAuthIdentity, User
 from doorward_server.providers import DISCORD
 
 # The provider of their identities; the subject is the snowflake's decimal text.
 PROVIDER = DISCORD
 _MOST_DIGITS = 20
-_FIND = User.select_sql("WHERE id = (SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?)")
 
 
 def parse_snowflake(text: str) -> str:
@@ -32,7 +31,7 @@ class DiscordUsers:
 
     def find(self, snowflake: str) -> User | None:
         """The user with this Discord identity, whoever linked it."""
-        row = self.database.fetch_one(_FIND, (PROVIDER, snowflake))
+        row = self.database.fetch_one(USER_OF_IDENTITY, (PROVIDER, snowflake))
         return User.from_row(row) if row else None
 
     def obtain(self, snowflake: str) -> User:
@@ -44,7 +43,7 @@ class DiscordUsers:
 
     def _obtain(self, snowflake: str) -> User:
         """Inside a transaction, in which nobody else writes: another process may have been first."""
-        row = self.database.execute(_FIND, (PROVIDER, snowflake))
+        row = self.database.execute(USER_OF_IDENTITY, (PROVIDER, snowflake))
         if row is not None:
             return User.from_row(row)
         now = self.clock.now()

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cachetools import TTLCache
 
@@ -20,7 +20,6 @@ class _Count:
     failures: int = 0
 
 
-@dataclass(frozen=True)
 class FailureLimit:
     """Counts failures by caller, in this process, from the first one until a minute later.
 
@@ -28,26 +27,24 @@ class FailureLimit:
     credentials for.
     """
 
-    per_minute: int  # 0: no limit
-    clock: Clock
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    _counts: TTLCache[tuple[str, str], _Count] = field(init=False)
-
-    def __post_init__(self) -> None:
-        counts: TTLCache[tuple[str, str], _Count] = TTLCache(_MOST_CALLERS, _WINDOW, timer=self._seconds)
-        object.__setattr__(self, "_counts", counts)
+    def __init__(self, per_minute: int, clock: Clock) -> None:
+        """`per_minute` 0: no limit."""
+        self._per_minute = per_minute
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._counts: TTLCache[tuple[str, str], _Count] = TTLCache(_MOST_CALLERS, _WINDOW, timer=self._seconds)
 
     def add(self, caller: str, address: str) -> None:
         """Count one failure; raises TooManyFailures when it is one too many."""
-        if not self.per_minute:
+        if not self._per_minute:
             return
         with self._lock:
             count = self._counts.setdefault((caller, address), _Count(self._seconds()))
             count.failures += 1
-            allowed = count.failures <= self.per_minute
+            allowed = count.failures <= self._per_minute
         if not allowed:
             left = count.since + _WINDOW - self._seconds()
             raise TooManyFailures({"retry_after": str(max(1, math.ceil(left)))})
 
     def _seconds(self) -> float:
-        return self.clock.now().timestamp()
+        return self._clock.now().timestamp()

@@ -32,7 +32,7 @@ from doorward_server.errors import (
     UserNotFound,
 )
 from doorward_server.failures import FailureLimit
-from doorward_server.models import OAuthIdentity, User, to_micros
+from doorward_server.models import USER_OF_IDENTITY, OAuthIdentity, User, to_micros
 from doorward_server.oauth import NoTokenGranted, OAuth
 from doorward_server.provider_registry import ProviderRegistry
 from doorward_server.providers import Provider
@@ -54,8 +54,6 @@ WHERE provider = ? AND subject = ?
 _IS_NOBODY_S = "SELECT 1 FROM users WHERE id = ? AND client_id IS NULL"
 _ADOPT = "UPDATE oauth_identities SET user_id = ? WHERE user_id = ?"
 _DELETE_USER = "DELETE FROM users WHERE id = ?"
-_OWNER = "SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?"
-_USER_OF = User.select_sql(f"WHERE id = ({_OWNER})")
 _OF_USER = OAuthIdentity.select_sql("WHERE user_id = ? ORDER BY id")
 _FAILED_ATTEMPTS = (CodeRejected, LookupRejected, LookupWithoutId, NoSuchIdentity, NotYourUser, NoApiClient)
 
@@ -170,7 +168,7 @@ class Identities:
             raise
 
     def _find_user(self, provider: Provider, subject: str) -> User:
-        row = self.database.fetch_one(_USER_OF, (provider.id, subject))
+        row = self.database.fetch_one(USER_OF_IDENTITY, (provider.id, subject))
         if row is None:
             raise NoSuchIdentity
         return User.from_row(row)

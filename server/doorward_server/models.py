@@ -136,6 +136,12 @@ class OAuthIdentity(Record):
         table_name = "oauth_identities"
 
 
+# The user who has an identity: by its provider and subject.
+USER_OF_IDENTITY = User.select_sql(
+    "WHERE id = (SELECT user_id FROM oauth_identities WHERE provider = ? AND subject = ?)"
+)
+
+
 class StoredProvider(peewee.Model):
     """A provider that was added by command; those of the settings file are not here."""
 

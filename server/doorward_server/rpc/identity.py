@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.struct_pb2 import Struct, Value
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from doorward.identity.v1 import identity_service_pb2 as pb
 from doorward.identity.v1 import identity_service_pb2_grpc as stubs
@@ -17,6 +16,7 @@ from doorward_server.clients import Client
 from doorward_server.errors import MalformedRequest
 from doorward_server.identities import Identities, Profile, Proof
 from doorward_server.rpc.headers import SetCookie, client_address, read_metadata, session_cookies
+from doorward_server.rpc.messages import timestamp
 from doorward_server.rpc.policy import current_caller
 from doorward_server.sessions import Sessions, SessionUser
 from doorward_server.users import Users
@@ -80,9 +80,7 @@ class IdentityServicer(stubs.IdentityServiceServicer):
         self, request: pb.CreateSessionRequest, context: grpc.ServicerContext
     ) -> pb.CreateSessionResponse:
         session, cookie = self.sessions.create(self.users.get(request.user))
-        expire_time = Timestamp()
-        expire_time.FromDatetime(session.expires_at)
-        return pb.CreateSessionResponse(cookie=cookie, expire_time=expire_time)
+        return pb.CreateSessionResponse(cookie=cookie, expire_time=timestamp(session.expires_at))
 
 
 def _client_id() -> str:

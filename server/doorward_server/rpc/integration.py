@@ -1,16 +1,14 @@
 """IntegrationService: translates only."""
 
 from dataclasses import dataclass
-from datetime import datetime
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.integrations import DEFAULT_MIN_TTL, Integrations
+from doorward_server.rpc.messages import service_name, timestamp
 from doorward_server.rpc.policy import current_caller
-from doorward_server.service_tokens import Service
 from doorward_server.sessions import SessionUser
 
 
@@ -35,24 +33,8 @@ class IntegrationServicer(stubs.IntegrationServiceServicer):
         self, request: pb.GetAccessTokenRequest, context: grpc.ServicerContext
     ) -> pb.GetAccessTokenResponse:
         min_ttl = request.min_ttl if request.HasField("min_ttl") else DEFAULT_MIN_TTL
-        token = self.integrations.access_token(request.user, request.provider, min_ttl, reader=_service_name())
-        return pb.GetAccessTokenResponse(access_token=token.value, expire_time=_timestamp(token.expires_at))
-
-
-def _timestamp(time: datetime | None) -> Timestamp | None:
-    if time is None:
-        return None
-    timestamp = Timestamp()
-    timestamp.FromDatetime(time)
-    return timestamp
-
-
-def _service_name() -> str:
-    """Who reads a token, as the audit trail names it."""
-    caller = current_caller.get()
-    if not isinstance(caller, Service):
-        raise TypeError("this RPC's policy has to be SERVICE")
-    return f"service:{caller.token_id}"
+        token = self.integrations.access_token(request.user, request.provider, min_ttl, reader=service_name())
+        return pb.GetAccessTokenResponse(access_token=token.value, expire_time=timestamp(token.expires_at))
 
 
 def _self_id() -> int:

@@ -30,7 +30,7 @@ from doorward_server.rpc.headers import (
     session_cookies,
     text_of,
 )
-from doorward_server.rpc.policy import Caller, Credentials, Policy, current_caller
+from doorward_server.rpc.policy import Caller, Credentials, Policy, caller_name, current_caller
 from doorward_server.rpc.status import Metadata, status_code, trailing_metadata
 from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions, SessionUser
@@ -232,7 +232,7 @@ class _Call:
             reason=failure.reason if failure else None,
             cause=failure.cause if failure else None,
             ms=round((time.perf_counter() - started) * 1000, 3),
-            caller=_name(caller),
+            caller=caller_name(caller) if caller is not None else None,
             request_id=request_id,
         )
 
@@ -243,20 +243,6 @@ def _receive(requests: Iterator[bytes]) -> bytes:
         return next(requests, b"")
     except grpc.RpcError:
         raise Cancelled from None
-
-
-def _name(caller: Caller | None) -> str | None:
-    if caller is None:
-        return None
-    match caller:
-        case SessionUser():
-            return f"user:{caller.user_id}"
-        case Client():
-            return f"client:{caller.client_id}"
-        case Registered():
-            return f"application:{caller.application_id}"
-        case _:
-            return f"service:{caller.token_id}"
 
 
 def _holds_nul(message: Message) -> bool:

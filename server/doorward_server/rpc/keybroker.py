@@ -1,12 +1,10 @@
 """KeyBrokerService: translates only."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import grpc
 from google.api.httpbody_pb2 import HttpBody
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from doorward.keybroker.v1 import keybroker_service_pb2 as pb
 from doorward.keybroker.v1 import keybroker_service_pb2_grpc as stubs
@@ -19,6 +17,7 @@ from doorward_server.discord_users import DiscordUsers, parse_snowflake
 from doorward_server.errors import GrantNotFound, InvalidField, KeyNotFound, NoApplication
 from doorward_server.models import ConsentRequest, Delivery
 from doorward_server.rpc.headers import client_address, read_metadata
+from doorward_server.rpc.messages import service_name, timestamp
 from doorward_server.rpc.policy import current_caller
 from doorward_server.rpc.request_form import answer, read_question
 from doorward_server.service_tokens import Service
@@ -63,7 +62,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
 
     def AddApiKey(self, request: pb.AddApiKeyRequest, context: grpc.ServicerContext) -> pb.AddApiKeyResponse:
         user = self.discord_users.obtain(parse_snowflake(request.discord_user_id))
-        key = self.api_keys.add(user, request.service, request.label, request.value, actor=_actor())
+        key = self.api_keys.add(user, request.service, request.label, request.value, actor=service_name())
         return pb.AddApiKeyResponse(key=_key(self.api_keys.listed(key)))
 
     def ListApiKeys(self, request: pb.ListApiKeysRequest, context: grpc.ServicerContext) -> pb.ListApiKeysResponse:
@@ -75,7 +74,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         user = self.discord_users.find(parse_snowflake(request.discord_user_id))
         if user is None:
             raise KeyNotFound
-        self.api_keys.remove(user, request.key_id, actor=_actor())
+        self.api_keys.remove(user, request.key_id, actor=service_name())
         return pb.DeleteApiKeyResponse()
 
     def LeaseConsentRequests(
@@ -96,7 +95,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         self, request: pb.ResolveConsentRequestRequest, context: grpc.ServicerContext
     ) -> pb.ResolveConsentRequestResponse:
         outcome = _OUTCOMES.get(request.WhichOneof("outcome") or "", Status.CANCELED)
-        status = self.consents.resolve(request.request_id, outcome, request.granted.key_ids, actor=_actor())
+        status = self.consents.resolve(request.request_id, outcome, request.granted.key_ids, actor=service_name())
         return pb.ResolveConsentRequestResponse(status=_status(status))
 
     def GetConsentRequest(
@@ -117,7 +116,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
                     verified=grant.request.application_id is not None,
                     callback_host=callback_host(grant.request),
                     keys=[_key(keys[key_id]) for key_id in key_ids if key_id in keys],
-                    create_time=_timestamp(grant.created_at),
+                    create_time=timestamp(grant.created_at),
                 )
                 for grant, key_ids in self.consents.grants(user)
             ]
@@ -127,7 +126,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         user = self.discord_users.find(parse_snowflake(request.discord_user_id))
         if user is None:
             raise GrantNotFound
-        self.consents.revoke_grant(user, request.grant_id, actor=_actor())
+        self.consents.revoke_grant(user, request.grant_id, actor=service_name())
         return pb.RevokeGrantResponse()
 
     def BlockApplication(
@@ -135,7 +134,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
     ) -> pb.BlockApplicationResponse:
         discord_user = parse_snowflake(request.discord_user_id)
         self.consents.get(request.request_id)  # a request that there is not makes no user
-        self.consents.block(self.discord_users.obtain(discord_user), request.request_id, actor=_actor())
+        self.consents.block(self.discord_users.obtain(discord_user), request.request_id, actor=service_name())
         return pb.BlockApplicationResponse()
 
     # For operators
@@ -155,7 +154,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
     def RedeliverDelivery(
         self, request: pb.RedeliverDeliveryRequest, context: grpc.ServicerContext
     ) -> pb.RedeliverDeliveryResponse:
-        self.deliveries.redeliver(request.delivery_id, actor=_actor())
+        self.deliveries.redeliver(request.delivery_id, actor=service_name())
         return pb.RedeliverDeliveryResponse()
 
     def _delivery(self, delivery: Delivery) -> pb.Delivery:
@@ -168,14 +167,14 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
             error=delivery.error or "",
             attempts=[
                 pb.DeliveryAttempt(
-                    start_time=_timestamp(attempt.started_at),
+                    start_time=timestamp(attempt.started_at),
                     milliseconds=attempt.milliseconds,
                     status=attempt.status or 0,
                     error=attempt.error or "",
                 )
                 for attempt in self.deliveries.attempts(delivery.id)
             ],
-            next_attempt_time=_timestamp(delivery.next_attempt_at),
+            next_attempt_time=timestamp(delivery.next_attempt_at),
         )
 
 
@@ -187,19 +186,11 @@ def _find_application() -> Registered | None:
     return caller if isinstance(caller, Registered) else None
 
 
-def _actor() -> str:
-    """Who acts, as the audit trail names it."""
-    caller = current_caller.get()
-    if not isinstance(caller, Service):
-        raise TypeError("this RPC's policy has to be SERVICE")
-    return f"service:{caller.token_id}"
-
-
 def _leased(leased: Leased) -> pb.LeasedConsentRequest:
     return pb.LeasedConsentRequest(
         request=_request(leased.request),
         lease_epoch=leased.request.lease_epoch,
-        keys=_keys(leased.keys),
+        keys=map(_key, leased.keys),
     )
 
 
@@ -212,13 +203,9 @@ def _request(request: ConsentRequest) -> pb.ConsentRequest:
         callback_host=callback_host(request),
         status=_status(Status(request.status)),
         message=request.message or "",
-        create_time=_timestamp(request.created_at),
-        deadline_time=_timestamp(request.deadline_at),
+        create_time=timestamp(request.created_at),
+        deadline_time=timestamp(request.deadline_at),
     )
-
-
-def _keys(listed: Sequence[ListedKey]) -> list[pb.ApiKey]:
-    return [_key(one) for one in listed]
 
 
 def _key(listed: ListedKey) -> pb.ApiKey:
@@ -230,17 +217,9 @@ def _key(listed: ListedKey) -> pb.ApiKey:
         last_four=listed.last_four,
         account=key.account or "",
         permissions=key.permissions,
-        create_time=_timestamp(key.created_at),
+        create_time=timestamp(key.created_at),
     )
 
 
 def _status(status: Status) -> pb.ConsentStatus.ValueType:
     return pb.ConsentStatus.Value(f"CONSENT_STATUS_{status.upper()}")
-
-
-def _timestamp(time: datetime | None) -> Timestamp | None:
-    if time is None:
-        return None
-    timestamp = Timestamp()
-    timestamp.FromDatetime(time)
-    return timestamp

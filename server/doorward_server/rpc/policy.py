@@ -30,6 +30,20 @@ Caller = SessionUser | Service | Client | Registered
 # The caller of the call that this thread serves. Set before a handler runs.
 current_caller: ContextVar[Caller | None] = ContextVar("current_caller")
 
+
+def caller_name(caller: Caller) -> str:
+    """A caller as log lines and the audit trail name it."""
+    match caller:
+        case SessionUser():
+            return f"user:{caller.user_id}"
+        case Client():
+            return f"client:{caller.client_id}"
+        case Registered():
+            return f"application:{caller.application_id}"
+        case Service():
+            return f"service:{caller.token_id}"
+
+
 _ANYONE = policy_pb2.CALLER_KIND_ANYONE
 _SELF_SESSION = policy_pb2.CALLER_KIND_SELF_SESSION
 _API_CLIENT = policy_pb2.CALLER_KIND_API_CLIENT
