@@ -1,9 +1,8 @@
 """Judging keys: whether the service that a key is for knows it, and whose it is there.
 
-Imports `outbound`, `validators` and `errors`.
+Imports `outbound`, `validators`, `providers` and `errors`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from doorward_server.errors import (
     ServiceUnavailable,
 )
 from doorward_server.outbound import Outbound, Timeouts
+from doorward_server.providers import member_at
 from doorward_server.validators import BUILT_IN, Validator, with_key
 
 _TOO_MANY_REQUESTS = 429
@@ -53,13 +53,13 @@ class KeyValidators:
             return None
         of_key = self._ask(validator, validator.tokeninfo_url, value)
         of_account = self._ask(validator, validator.account_url, value)
-        account = _text(_member(of_account, validator.account_property))
+        account = _text(member_at(of_account, validator.account_property))
         if account is None:
             raise KeyRejected
         return KeyFacts(
-            name=_text(_member(of_key, validator.name_property)),
+            name=_text(member_at(of_key, validator.name_property)),
             account=account,
-            permissions=_texts(_member(of_key, validator.permissions_property)),
+            permissions=_texts(member_at(of_key, validator.permissions_property)),
         )
 
     def _ask(self, validator: Validator, template: str | None, value: str) -> dict[str, Any]:
@@ -78,24 +78,10 @@ class KeyValidators:
             raise KeyRejected
         if not 200 <= answer.status < 300:  # noqa: PLR2004
             raise ServiceUnavailable(cause=f"status {answer.status}")
-        return _json_object(answer.body)
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        raise KeyRejected from None
-    if not isinstance(value, dict):
-        raise KeyRejected
-    return value
-
-
-def _member(value: object, path: str) -> object:
-    """What stands at a dotted path, None when nothing does."""
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+        members = answer.json_object()
+        if members is None:
+            raise KeyRejected
+        return members
 
 
 def _text(value: object) -> str | None:

@@ -24,7 +24,7 @@ from doorward_server.errors import (
     RefreshRejected,
 )
 from doorward_server.outbound import Answer, Outbound, Timeouts
-from doorward_server.providers import Provider
+from doorward_server.providers import Provider, member_at
 
 # RFC 6749, section 5.2: the characters of an error code. Longer ones are nobody's.
 _ERROR_CODE = re.compile(r"[\x20-\x21\x23-\x5b\x5d-\x7e]{1,100}")
@@ -137,10 +137,9 @@ def _token_pair(answer: Answer) -> TokenPair:
         raise ProviderUnavailable
     if not 200 <= answer.status < 300:  # noqa: PLR2004
         raise ProviderMalformed
-    try:
-        members = _json_object(answer.body)
-    except ProviderMalformed:
-        raise NoTokenGranted from None
+    members = answer.json_object()
+    if members is None:
+        raise NoTokenGranted
     access_token, refresh_token = members.get("access_token"), members.get("refresh_token")
     if not _is_token(access_token):
         raise NoTokenGranted(cause=_error_code(answer))
@@ -168,8 +167,7 @@ def _account_id(body: bytes, path: str) -> str:
         value: object = json.loads(body.decode(), parse_float=Decimal, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, ArithmeticError):
         raise LookupWithoutId from None
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    value = member_at(value, path)
     if isinstance(value, int | Decimal) and not isinstance(value, bool):
         value = _decimal_text(Decimal(value))
     # Dots alone could not be told in a path (RFC 3986, section 5.2.4).
@@ -203,22 +201,9 @@ def _seconds(value: object) -> float | None:
     return min(max(seconds, 0.0), _LONGEST_LIFE) if math.isfinite(seconds) else None
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        raise ProviderMalformed from None
-    if not isinstance(value, dict):
-        raise ProviderMalformed
-    return value
-
-
 def _error_code(answer: Answer) -> str | None:
     """The `error` member of a refusal (RFC 6749, section 5.2), if it is one."""
-    try:
-        error = _json_object(answer.body).get("error")
-    except ProviderMalformed:
-        return None
+    error = (answer.json_object() or {}).get("error")
     return error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else None
 
 

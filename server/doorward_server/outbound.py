@@ -7,6 +7,7 @@ and reads at most 1 MiB. At most so many requests are under way at once; more ar
 
 import contextlib
 import ipaddress
+import json
 import socket
 import ssl
 import threading
@@ -63,6 +64,14 @@ class Answer:
 
     status: int
     body: bytes
+
+    def json_object(self) -> dict[str, Any] | None:
+        """The body as a JSON object; None when it is anything else."""
+        try:
+            value = json.loads(self.body.decode())
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
 
 
 @dataclass(frozen=True)

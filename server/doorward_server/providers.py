@@ -59,6 +59,20 @@ def _dotted_name(path: str) -> str:
     return path
 
 
+def percent_encoded(text: str) -> str:
+    """A text as one segment of a path, or one value of a query."""
+    encoded = quote(text, safe="")
+    # As a segment of a path, dots would lead elsewhere.
+    return encoded if encoded.strip(".") else encoded.replace(".", "%2E")
+
+
+def member_at(value: object, path: str) -> object:
+    """What stands at a dotted name in a JSON value, None when nothing does."""
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 DottedName = Annotated[str, AfterValidator(_dotted_name)]
 # kai: flo, min or eag, whose tokens are kept. identity: a service that users log in with.
@@ -134,10 +148,7 @@ class Provider(BaseModel):
 
     def lookup_url_for(self, access_token: str) -> str:
         """The lookup URL with a token in its place, percent-encoded."""
-        encoded = quote(access_token, safe="")
-        if not encoded.strip("."):
-            encoded = encoded.replace(".", "%2E")  # as a segment of a path, dots would lead elsewhere
-        return _PLACEHOLDER.sub(encoded, self.lookup_url or "")
+        return _PLACEHOLDER.sub(percent_encoded(access_token), self.lookup_url or "")
 
     @property
     def secret(self) -> str:

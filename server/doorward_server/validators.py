@@ -3,11 +3,10 @@
 import re
 from collections.abc import Mapping
 from typing import Annotated
-from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from doorward_server.providers import DottedName, HttpUrl
+from doorward_server.providers import DottedName, HttpUrl, percent_encoded
 
 _SERVICE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _PLACEHOLDER = "{key}"
@@ -66,10 +65,7 @@ class Validator(BaseModel):
 def with_key(template: str, key: str) -> tuple[str, dict[str, str]] | None:
     """The URL and the headers of a request about a key; None when its header cannot hold the key."""
     if _PLACEHOLDER in template:
-        encoded = quote(key, safe="")
-        if not encoded.strip("."):
-            encoded = encoded.replace(".", "%2E")  # as a segment of a path, dots would lead elsewhere
-        return template.replace(_PLACEHOLDER, encoded), {}
+        return template.replace(_PLACEHOLDER, percent_encoded(key)), {}
     return (template, {"authorization": f"Bearer {key}"}) if key.isascii() else None
 
 

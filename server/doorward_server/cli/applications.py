@@ -5,9 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from doorward_server.app import App
 from doorward_server.applications import CallbackFormat
-from doorward_server.cli.base import HELP, Json, app_of, iso, print_done, print_json, print_list, print_one
+from doorward_server.cli.base import (
+    HELP,
+    Json,
+    OverlapHours,
+    app_of,
+    iso,
+    print_done,
+    print_json,
+    print_list,
+    print_one,
+    print_rotated,
+)
 from doorward_server.errors import OperatorError
 from doorward_server.models import Application
 
@@ -15,9 +25,6 @@ cli = typer.Typer(
     help="Applications: programs that may ask users for their API keys under a name of their own.", **HELP
 )
 ApplicationId = Annotated[str, typer.Argument(metavar="ID", help="The application's id; see `doorward app list`.")]
-_OverlapHours = Annotated[
-    float, typer.Option(help="Hours that the secret before stays in use; 0: it ends at once.", min=0, max=8760)
-]
 
 
 @cli.command(epilog="Example: doorward app create --name 'My super bot' --callback-prefix https://example.com/callback")
@@ -87,18 +94,18 @@ def change(  # noqa: PLR0917 - an option for each setting
 
 @cli.command(epilog="Example: doorward app rotate app_0123456789abcdef --overlap-hours 1")
 def rotate(
-    ctx: typer.Context, application_id: ApplicationId, overlap_hours: _OverlapHours = 24, as_json: Json = False
+    ctx: typer.Context, application_id: ApplicationId, overlap_hours: OverlapHours = 24, as_json: Json = False
 ) -> None:
     """Make a new secret and print it; it is shown only this once. The one before the last ends at once."""
     app = app_of(ctx)
     overlap = timedelta(hours=overlap_hours)
     secret = app.applications.rotate(application_id, overlap)
-    _print_rotated(app, application_id, "secret", secret, overlap, as_json=as_json)
+    print_rotated(app, application_id, "secret", secret, overlap, as_json=as_json)
 
 
 @cli.command("rotate-signing", epilog="Example: doorward app rotate-signing app_0123456789abcdef --overlap-hours 1")
 def rotate_signing(
-    ctx: typer.Context, application_id: ApplicationId, overlap_hours: _OverlapHours = 24, as_json: Json = False
+    ctx: typer.Context, application_id: ApplicationId, overlap_hours: OverlapHours = 24, as_json: Json = False
 ) -> None:
     """Make a new signing secret and print it; it is shown only this once.
 
@@ -108,7 +115,7 @@ def rotate_signing(
     overlap = timedelta(hours=overlap_hours)
     app.record_key()  # the signing secret is sealed with it
     secret = app.applications.rotate_signing(application_id, overlap)
-    _print_rotated(app, application_id, "signing_secret", secret, overlap, as_json=as_json)
+    print_rotated(app, application_id, "signing_secret", secret, overlap, as_json=as_json)
 
 
 @cli.command(epilog="Example: doorward app disable app_0123456789abcdef")
@@ -148,15 +155,6 @@ def token(
         print_json({"id": made.id, "application": application_id, "expires": iso(made.expires_at), "token": value})
     else:
         typer.echo(value)
-
-
-def _print_rotated(app: App, application_id: str, what: str, secret: str, overlap: timedelta, *, as_json: bool) -> None:
-    until = iso(app.clock.now() + overlap)
-    if as_json:
-        print_json({"id": application_id, what: secret, f"old_{what}_expires": until})
-    else:
-        typer.echo(f"id: {application_id}\n{what}: {secret}")
-        typer.echo(f"the {what.replace('_', ' ')} before ends {until if overlap else 'now'}", err=True)
 
 
 def _application(application: Application) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +19,9 @@ from doorward_server.errors import OperatorError
 HELP: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
+OverlapHours = Annotated[
+    float, typer.Option(help="Hours that the secret before stays in use; 0: it ends at once.", min=0, max=8760)
+]
 UserHandle = Annotated[str, typer.Argument(metavar="USER", help="The user's id or slug.")]
 
 
@@ -50,6 +53,16 @@ def print_done(what: str, row_id: object, *, as_json: bool) -> None:
         print_json({"id": row_id})
     else:
         typer.echo(f"{what} {row_id}")
+
+
+def print_rotated(app: App, owner_id: str, what: str, secret: str, overlap: timedelta, *, as_json: bool) -> None:
+    """A new secret, and when the one before ends."""
+    until = iso(app.clock.now() + overlap)
+    if as_json:
+        print_json({"id": owner_id, what: secret, f"old_{what}_expires": until})
+    else:
+        typer.echo(f"id: {owner_id}\n{what}: {secret}")
+        typer.echo(f"the {what.replace('_', ' ')} before ends {until if overlap else 'now'}", err=True)
 
 
 def print_list(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_json: bool) -> None:

@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from doorward_server.cli.base import HELP, Json, app_of, iso, print_done, print_json, print_list
+from doorward_server.cli.base import (
+    HELP,
+    Json,
+    OverlapHours,
+    app_of,
+    iso,
+    print_done,
+    print_json,
+    print_list,
+    print_rotated,
+)
 from doorward_server.models import ApiClient
 
 cli = typer.Typer(help="API clients: programs that keep their users here, over REST with HTTP Basic.", **HELP)
@@ -37,21 +47,14 @@ def list_clients(ctx: typer.Context, as_json: Json = False) -> None:
 def rotate(
     ctx: typer.Context,
     client_id: ClientId,
-    overlap_hours: Annotated[
-        float, typer.Option(help="Hours that the secret before stays valid; 0: it ends at once.", min=0, max=8760)
-    ] = 24,
+    overlap_hours: OverlapHours = 24,
     as_json: Json = False,
 ) -> None:
     """Make a new secret and print it; it is shown only this once. The one before the last ends at once."""
     app = app_of(ctx)
     overlap = timedelta(hours=overlap_hours)
     secret = app.clients.rotate(client_id, overlap)
-    until = iso(app.clock.now() + overlap)
-    if as_json:
-        print_json({"id": client_id, "secret": secret, "old_secret_expires": until})
-    else:
-        typer.echo(f"id: {client_id}\nsecret: {secret}")
-        typer.echo(f"the secret before ends {until if overlap else 'now'}", err=True)
+    print_rotated(app, client_id, "secret", secret, overlap, as_json=as_json)
 
 
 @cli.command(epilog="Example: doorward client disable dwc_0123456789abcdef")
