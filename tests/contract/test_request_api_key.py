@@ -130,9 +130,13 @@ class Bot:
         )
         return [self.call("AddApiKey", request).key.id for request in adding]
 
-    def lease(self, wait: float = 5.0) -> list[pb.LeasedConsentRequest]:
-        request = pb.LeaseConsentRequestsRequest(max_requests=100, wait_seconds=wait, lease_seconds=60)
-        return list(self.call("LeaseConsentRequests", request).requests)
+    def lease(self) -> list[pb.LeasedConsentRequest]:
+        """All prompts: those that other tests have left may be more than one call gives."""
+        request = pb.LeaseConsentRequestsRequest(max_requests=100, lease_seconds=60)
+        leased: list[pb.LeasedConsentRequest] = []
+        while more := self.call("LeaseConsentRequests", request).requests:
+            leased += more
+        return leased
 
     def grant(self, request_id: int, *key_ids: int) -> str:
         return self._resolve(request_id, granted=pb.GrantedKeys(key_ids=key_ids))
