@@ -91,10 +91,10 @@ class ApiKeys:
             ApiKey.delete().where(ApiKey.id == key_id).execute()
             self._record(key, actor, "key.removed")
 
-    def values(self, key_ids: Sequence[int]) -> list[str]:
-        """The opened values of those keys that still exist, in the order asked."""
-        rows = [self.database.fetch_one(_VALUE, (key_id,)) for key_id in key_ids]
-        return [self.keys.open(row[1], _value_of(row[0])) for row in rows if row is not None]
+    def values(self, key_ids: Sequence[int]) -> dict[int, str]:
+        """Those keys that still exist, by id in the order asked, and their values; inside the caller's transaction."""
+        rows = [self.database.execute(_VALUE, (key_id,)) for key_id in key_ids]
+        return {row[0]: self.keys.open(row[1], _value_of(row[0])) for row in rows if row is not None}
 
     def list(self, user: User, service: str | None = None) -> list[ListedKey]:
         """A user's keys, in the order in which they were added."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -27,7 +27,7 @@ from doorward_server.callbacks import Callback
 from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.errors import Busy, CallError, DeliveryNotAbandoned, DeliveryNotFound
-from doorward_server.jobs import Jobs, Payload, PutOff
+from doorward_server.jobs import Ending, Jobs, Payload, PutOff
 from doorward_server.models import ConsentRequest, Delivery, DeliveryAttempt, to_micros
 from doorward_server.outbound import ConnectTimeout, NotConnectable, Outbound, Receipt, Timeouts
 
@@ -50,13 +50,15 @@ FROM deliveries JOIN consent_requests ON consent_requests.id = request_id
 LEFT JOIN applications ON applications.id = application_id
 WHERE deliveries.id = ? AND deliveries.status = 'queued'
 """
-_COMMIT_TO_KEYS = "UPDATE deliveries SET carried_keys = 1 WHERE id = ? AND error IS NULL RETURNING id"
-_COMMIT_TO_ERROR = "UPDATE deliveries SET error = ? WHERE id = ? AND NOT carried_keys RETURNING id"
-_AS_BEFORE = "UPDATE deliveries SET carried_keys = ? WHERE id = ?"
+_COMMIT_TO_KEYS = "UPDATE deliveries SET carried_keys = 1 WHERE id = ?"
+_COMMIT_TO_ERROR = "UPDATE deliveries SET error = ? WHERE id = ?"
+_AS_BEFORE = "UPDATE deliveries SET carried_keys = ? WHERE id = ? AND attempts = ?"
 _ATTEMPT = """
 INSERT INTO delivery_attempts (delivery_id, started_at, milliseconds, status, error) VALUES (?, ?, ?, ?, ?)
 """
-_WAIT = "UPDATE deliveries SET attempts = attempts + 1, next_attempt_at = ? WHERE id = ?"
+_WAIT = """
+UPDATE deliveries SET attempts = attempts + 1, next_attempt_at = ?, carried_keys = carried_keys OR ? WHERE id = ?
+"""
 _ABANDON = """
 UPDATE deliveries SET status = 'abandoned', next_attempt_at = NULL, finished_at = ?
 WHERE id = ? AND status = 'queued'
@@ -154,45 +156,40 @@ class Deliveries:
         )
         self.jobs.queue(DELIVERY, {"delivery": delivery.id})
 
-    def attempt(self, payload: Payload) -> None:
-        """The job of a delivery: one POST. Raises PutOff when there is to be another."""
-        row = self.database.fetch_one(_DUE, (payload["delivery"],))
-        if row is None:
-            return
-        due = _Due(*row)
+    def attempt(self, payload: Payload) -> Ending | None:
+        """The job of a delivery: one POST, of which is left to be written how it went and when to try again."""
+        opened = self.database.write(partial(self._open, payload["delivery"]))
+        if opened is None:
+            return None
+        due, keys = opened
         early = due.next_attempt_at - to_micros(self.clock.now())
-        if early > 0:  # the worker before died when it had made its attempt, and before it could put off the job
-            raise PutOff(timedelta(microseconds=early), "TOO_EARLY")
-        key_ids = [] if due.error is not None else self._key_ids(due)
-        keys = self.api_keys.values(key_ids) if key_ids else []
-        if not keys and due.error is None and due.carried_keys:
+        if early > 0:  # another worker, whose lease had ended, recorded its attempt after all
+            return lambda: PutOff(timedelta(microseconds=early), "TOO_EARLY")
+        if due.error is None and not keys:
             # Its keys went out once, and none is left: an error now would contradict them.
-            self.database.write(partial(self._finish, due, Status.ABANDONED, due.attempts))
-            return
-        committed = self._commit_to(due, has_keys=bool(keys))
-        attempted = self._post(due.callback, self._message(committed, keys))
-        if attempted.nothing_was_sent and committed.carried_keys != due.carried_keys:
-            self.database.write(partial(self.database.execute, _AS_BEFORE, (due.carried_keys, due.id)))
-        if attempted.failure == Busy.reason:
-            raise PutOff(_TURN, Busy.reason)
-        self._record(committed, attempted, key_ids if keys and not attempted.nothing_was_sent else [])
+            return partial(self._finish, due, Status.ABANDONED, due.attempts)
+        attempted = self._post(due.callback, self._message(due, list(keys.values())))
+        return partial(self._record, due, attempted, list(keys))
 
-    def _key_ids(self, due: "_Due") -> list[int]:
-        return [row[0] for row in self.database.fetch_rows(_KEY_IDS, (due.request_id,))]
+    def _open(self, delivery_id: int) -> "tuple[_Due, dict[int, str]] | None":
+        """A queued delivery and its keys' values by id; inside a transaction.
 
-    def _commit_to(self, due: "_Due", *, has_keys: bool) -> "_Due":
-        """Write down, before anything is sent, whether keys or an error go out: never both."""
-        if (due.carried_keys and has_keys) or due.error is not None:
-            return due
-        if has_keys:
-            committed, sql = due._replace(carried_keys=True), _COMMIT_TO_KEYS
-            parameters: tuple[object, ...] = (due.id,)
-        else:
-            committed, sql = due._replace(error=NOTHING_LEFT), _COMMIT_TO_ERROR
-            parameters = (NOTHING_LEFT, due.id)
-        if self.database.write(partial(self.database.execute, sql, parameters)) is None:
-            raise PutOff(_TURN, "CHANGED_MEANWHILE")
-        return committed
+        Writes down, before anything is sent, whether keys or an error go out: never both.
+        """
+        row = self.database.execute(_DUE, (delivery_id,))
+        if row is None:
+            return None
+        due = _Due(*row)
+        if due.error is not None or due.next_attempt_at > to_micros(self.clock.now()):
+            return due, {}
+        key_ids = [key_id for (key_id,) in self.database.execute_all(_KEY_IDS, (due.request_id,))]
+        keys = self.api_keys.values(key_ids)
+        if keys and not due.carried_keys:
+            self.database.execute(_COMMIT_TO_KEYS, (due.id,))
+        elif not keys and not due.carried_keys:
+            self.database.execute(_COMMIT_TO_ERROR, (NOTHING_LEFT, due.id))
+            due = due._replace(error=NOTHING_LEFT)
+        return due, keys
 
     def _message(self, due: "_Due", keys: Sequence[str]) -> Message:
         # What the application is told: keys, or an error.
@@ -214,24 +211,21 @@ class Deliveries:
         started, clock = self.clock.now(), time.monotonic()
         receipt, failure, nothing_was_sent = None, None, False
         try:
-            # However it is spelled, a host is one.
-            peer = Callback.parse(url).host
             receipt = self.callbacks.post(
-                url, peer=peer, timeouts=self.timeouts, headers=message.headers, body=message.body
+                url, peer=_host(url), timeouts=self.timeouts, headers=message.headers, body=message.body
             )
         except CallError as error:
             failure = error.reason
             nothing_was_sent = isinstance(error, Busy | NotConnectable | ConnectTimeout)
         return _Attempted(started, round((time.monotonic() - clock) * 1000), receipt, failure, nothing_was_sent)
 
-    def _record(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> None:
-        """Write down how an attempt went. Raises PutOff when there is to be another."""
-        delay = self.database.write(partial(self._write_attempt, due, attempted, key_ids))
-        if delay is not None:
-            raise PutOff(delay, attempted.failure or f"HTTP_{attempted.status}")
-
-    def _write_attempt(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> timedelta | None:
-        """Inside a transaction; returns how long to wait for the next attempt, None when it is over."""
+    def _record(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> PutOff | None:
+        """Write down how an attempt went, inside a transaction; returns when to try again, None when it is over."""
+        if attempted.nothing_was_sent:
+            self.database.execute(_AS_BEFORE, (due.carried_keys, due.id, due.attempts))
+            key_ids = []
+        if attempted.failure == Busy.reason:
+            return PutOff(_TURN, Busy.reason)
         status, now = attempted.status, self.clock.now()
         started = to_micros(attempted.started_at)
         self.database.execute(_ATTEMPT, (due.id, started, attempted.milliseconds, status, attempted.failure))
@@ -244,9 +238,9 @@ class Deliveries:
         delay = None if status == _GONE else self.schedule.delay(due.attempts + 1, retry_after)
         if delay is None:
             self._finish(due, Status.ABANDONED, due.attempts + 1)
-        else:
-            self.database.execute(_WAIT, (to_micros(now + delay), due.id))
-        return delay
+            return None
+        self.database.execute(_WAIT, (to_micros(now + delay), bool(key_ids), due.id))
+        return PutOff(delay, attempted.failure or f"HTTP_{status}")
 
     def _finish(self, due: "_Due", status: Status, attempts: int) -> None:
         self.database.execute(_FINISH, (status, attempts, to_micros(self.clock.now()), due.id))
@@ -288,6 +282,12 @@ class Deliveries:
             ).execute()
             self.jobs.queue(DELIVERY, {"delivery": delivery_id})
             self.audit.record(actor, "delivery.requeued", f"delivery:{delivery_id}")
+
+
+@lru_cache(maxsize=1024)
+def _host(url: str) -> str:
+    """However it is spelled, a host is one. Raises InvalidCallback."""
+    return Callback.parse(url).host
 
 
 def _seconds(retry_after: str | None, now: datetime) -> float | None:

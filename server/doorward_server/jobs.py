@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from doorward_server.clock import Clock
 from doorward_server.crypto import CannotOpen, KeyRing, Place
@@ -25,7 +25,6 @@ from doorward_server.logs import Log, describe
 from doorward_server.models import Job, to_micros
 
 Payload = dict[str, Any]
-Handler = Callable[[Payload], None]
 _INSERT = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES (?, x'', ?, 0, ?) RETURNING id"
 _SET_PAYLOAD = "UPDATE jobs SET payload = ? WHERE id = ?"
 _NEXT_DUE = "SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT 1"
@@ -41,13 +40,16 @@ class Abandon(DoorwardError):
     """Raised by a handler: no further attempt can help. The argument says why."""
 
 
-class PutOff(DoorwardError):
-    """Raised by a handler that knows itself when to try again."""
+class PutOff(NamedTuple):
+    """When to try again, and why."""
 
-    def __init__(self, delay: timedelta, reason: str) -> None:
-        super().__init__(reason)
-        self.delay = delay
-        self.reason = reason
+    delay: timedelta
+    reason: str
+
+
+# What a handler leaves to be written in the transaction that ends its attempt: the job is done, or put off.
+Ending = Callable[[], PutOff | None]
+Handler = Callable[[Payload], Ending | None]
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,26 @@ class Jobs:
         opened: Payload = json.loads(self._keys.open(job.payload, _payload_of(job.id)))
         return opened
 
-    def finish(self, job: Job) -> None:
-        """The job is done."""
-        self._database.write(partial(self._database.execute, _FINISH, (job.id, job.attempts)))
+    def end(self, job: Job, ending: Ending | None = None) -> PutOff | None:
+        """Write what the handler left to be written: then the job is done, unless that returns when to try again."""
 
-    def put_off(self, job: Job, delay: timedelta, reason: str, *, failures: int = 0) -> None:
-        """Try again after the delay; so many attempts have failed since one went as it should."""
-        parameters = (to_micros(self._clock.now() + delay), reason, failures, job.id, job.attempts)
-        self._database.write(partial(self._database.execute, _PUT_OFF, parameters))
+        def change() -> PutOff | None:
+            later = ending() if ending is not None else None
+            if later is None:
+                self._database.execute(_FINISH, (job.id, job.attempts))
+            else:
+                self._put_off(job, later, 0)
+            return later
+
+        return self._database.write(change)
+
+    def put_off(self, job: Job, later: PutOff, *, failures: int = 0) -> None:
+        """Try again later; so many attempts have failed since one went as it should."""
+        self._database.write(partial(self._put_off, job, later, failures))
+
+    def _put_off(self, job: Job, later: PutOff, failures: int) -> None:
+        run_at = to_micros(self._clock.now() + later.delay)
+        self._database.execute(_PUT_OFF, (run_at, later.reason, failures, job.id, job.attempts))
 
     def abandon(self, job: Job, reason: str, also: Callable[[], None] = lambda: None) -> None:
         """Try no more, but keep the job for the operator to see; what else follows is done in the same transaction."""
@@ -127,7 +141,7 @@ class Worker:
         jobs: Jobs,
         handlers: Mapping[str, Handler],
         *,
-        when_abandoned: Mapping[str, Handler] = MappingProxyType({}),
+        when_abandoned: Mapping[str, Callable[[Payload], None]] = MappingProxyType({}),
         retry: RetryPolicy,
         lease: timedelta,
         poll: float,
@@ -177,11 +191,9 @@ class Worker:
             self._give_up(job, "NO_HANDLER")
             return
         try:
-            handler(self._jobs.payload(job))
+            later = self._jobs.end(job, handler(self._jobs.payload(job)))
         except Abandon as reason:
             self._give_up(job, str(reason))
-        except PutOff as later:
-            self._put_off(job, later.delay, later.reason)
         except CannotOpen:
             self._give_up(job, "CANNOT_OPEN")
         except CallError as failure:
@@ -190,8 +202,10 @@ class Worker:
             self._log.error("job failed", job_id=job.id, kind=job.kind, **describe(failure))
             self._fail(job, "INTERNAL")
         else:
-            self._jobs.finish(job)
-            self._log.info("job done", job_id=job.id, kind=job.kind, attempts=job.attempts)
+            if later is not None:
+                self._tell_put_off(job, later)
+            else:
+                self._log.info("job done", job_id=job.id, kind=job.kind, attempts=job.attempts)
 
     def _fail(self, job: Job, reason: str) -> None:
         failures = job.failures + 1
@@ -199,17 +213,18 @@ class Worker:
         if delay is None:
             self._give_up(job, reason)
         else:
-            self._put_off(job, delay, reason, failures=failures)
+            later = PutOff(delay, reason)
+            self._jobs.put_off(job, later, failures=failures)
+            self._tell_put_off(job, later)
 
-    def _put_off(self, job: Job, delay: timedelta, reason: str, *, failures: int = 0) -> None:
-        self._jobs.put_off(job, delay, reason, failures=failures)
+    def _tell_put_off(self, job: Job, later: PutOff) -> None:
         self._log.warning(
             "job put off",
             job_id=job.id,
             kind=job.kind,
             attempts=job.attempts,
-            reason=reason,
-            seconds=delay.total_seconds(),
+            reason=later.reason,
+            seconds=later.delay.total_seconds(),
         )
 
     def _give_up(self, job: Job, reason: str) -> None:

@@ -44,7 +44,7 @@ def values(home: Path, snowflake: str = SNOWFLAKE) -> list[str]:
     """What is kept for a Discord user."""
     with opened(home) as app:
         user = app.discord_users.find(snowflake)
-        return app.api_keys.values([row.id for row, _ in app.api_keys.list(user)]) if user else []
+        return list(app.api_keys.values([row.id for row, _ in app.api_keys.list(user)]).values()) if user else []
 
 
 def result(done: Done) -> Any:

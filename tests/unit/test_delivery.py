@@ -19,7 +19,6 @@ from doorward_server.clock import Clock
 from doorward_server.consents import Status
 from doorward_server.delivery import Schedule
 from doorward_server.errors import DeliveryNotAbandoned, DeliveryNotFound
-from doorward_server.jobs import PutOff
 from doorward_server.models import AuditEvent, ConsentRequest, Delivery, DeliveryAttempt, Job
 from tests.processes import await_condition
 from tests.unit.conftest import StoppedClock
@@ -416,22 +415,23 @@ def test_a_database_that_is_away_for_a_while(make_application: Callable[..., App
     assert (state_of(delivery)[0], Job.select().where(Job.run_at.is_null()).count()) == ("sent", 0)
 
 
-def test_a_worker_that_dies_after_its_attempt(application: Application) -> None:
-    """The attempt is on record, the job is still claimed: at the end of the claim it is not yet time for the next."""
+def test_an_attempt_that_ends_when_another_worker_has_the_delivery(application: Application) -> None:
+    """It is on record all the same, and the other one sends only when it is time for the next attempt."""
     application.answer(500)
     delivery = application.deliver()
-    application.work()
-    application.world.clock.advance(timedelta(seconds=6))
-    jobs = application.world.app.jobs
-    job = jobs.claim(timedelta(seconds=60))
-    assert job is not None
-    with pytest.raises(PutOff):
-        application.world.app.deliveries.attempt(jobs.payload(job))
-    application.world.clock.advance(timedelta(seconds=60))
-    application.work()
-    assert (len(application.received), state_of(delivery)) == (2, ("queued", 2, True))
-    assert 240 <= application.wait_for_next(delivery).total_seconds() <= 270
-    assert len(application.received) == 3
+    jobs, attempt, lease = application.world.app.jobs, application.world.app.deliveries.attempt, timedelta(seconds=60)
+    slow = jobs.claim(lease)
+    assert slow is not None
+    ending = attempt(jobs.payload(slow))
+    application.world.clock.advance(lease)
+    quick = jobs.claim(lease)
+    assert quick is not None
+    jobs.end(slow, ending)
+    later = jobs.end(quick, attempt(jobs.payload(quick)))
+    assert (later and later.reason, len(application.received)) == ("TOO_EARLY", 1)
+    assert state_of(delivery) == ("queued", 1, True)
+    assert 5 <= application.wait_for_next(delivery).total_seconds() <= 5.5
+    assert len(application.received) == 2
 
 
 # Where they never go

@@ -17,7 +17,7 @@ from doorward_server.clock import Clock
 from doorward_server.crypto import CannotOpen, KeyRing, MasterKey
 from doorward_server.database import Database
 from doorward_server.errors import Busy, ProviderTimeout, StorageUnavailable
-from doorward_server.jobs import Abandon, Handler, Jobs, Payload, PutOff, RetryPolicy, Worker
+from doorward_server.jobs import Abandon, Ending, Handler, Jobs, Payload, PutOff, RetryPolicy, Worker
 from doorward_server.logs import make_log
 from doorward_server.models import Job
 from tests.processes import await_condition, clean_environment
@@ -107,7 +107,7 @@ def test_the_job_that_is_due_for_longest_comes_first(jobs: Jobs, database: Datab
         queue(jobs, database, number=number)
         clock.advance(timedelta(seconds=1))
     first = claim(jobs)
-    jobs.put_off(first, timedelta(seconds=10), "LATER")
+    jobs.put_off(first, PutOff(timedelta(seconds=10), "LATER"))
     clock.advance(timedelta(seconds=10))
     assert [jobs.payload(claim(jobs))["number"] for _ in range(3)] == [2, 3, 1]
     assert jobs.claim(LEASE) is None
@@ -174,8 +174,8 @@ def test_a_claimed_job_is_its_worker_s_until_the_lease_ends(
 @pytest.mark.parametrize(
     "late",
     [
-        pytest.param(lambda jobs, job: jobs.finish(job), id="finish"),
-        pytest.param(lambda jobs, job: jobs.put_off(job, timedelta(0), "LATE"), id="put off"),
+        pytest.param(lambda jobs, job: jobs.end(job), id="finish"),
+        pytest.param(lambda jobs, job: jobs.put_off(job, PutOff(timedelta(0), "LATE")), id="put off"),
         pytest.param(lambda jobs, job: jobs.abandon(job, "LATE"), id="abandon"),
     ],
 )
@@ -189,9 +189,9 @@ def test_a_claim_that_ran_out_changes_nothing_any_more(
     quick = claim(jobs)
     match ending:
         case "put off":
-            jobs.put_off(quick, timedelta(seconds=5), "QUICK")
+            jobs.put_off(quick, PutOff(timedelta(seconds=5), "QUICK"))
         case "finished":
-            jobs.finish(quick)
+            jobs.end(quick)
         case "abandoned":
             jobs.abandon(quick, "QUICK")
     before = rows(database)
@@ -203,8 +203,32 @@ def test_the_latest_claim_finishes_the_job(jobs: Jobs, database: Database, clock
     queue(jobs, database)
     claim(jobs)
     clock.advance(LEASE)
-    jobs.finish(claim(jobs))
+    jobs.end(claim(jobs))
     assert rows(database) == []
+
+
+def test_what_a_handler_leaves_is_written_with_the_end_of_the_job(
+    jobs: Jobs, database: Database, clock: StoppedClock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both or neither: a handler whose last words cannot be written has failed."""
+    failures = ["x"]
+
+    def ending() -> None:
+        jobs.queue("next", {})
+        for failure in failures:
+            raise ZeroDivisionError(failure)
+
+    queue(jobs, database)
+    worker = make_worker(jobs, {"greet": lambda _: ending})
+    assert worker.run_one()
+    assert [(row["kind"], row["last_error"]) for row in rows(database)] == [("greet", "INTERNAL")]
+    failures.clear()
+    clock.advance(timedelta(hours=1))
+    assert worker.run_one()
+    assert [(row["kind"], row["last_error"]) for row in rows(database)] == [("next", None)]
+    assert ["job failed", "job put off", "job done"] == [
+        json.loads(line)["event"] for line in capfd.readouterr().err.splitlines()
+    ]
 
 
 # Retries
@@ -337,9 +361,9 @@ def test_a_handler_that_knows_when_to_try_again_is_never_given_up(
     delays = [timedelta(seconds=seconds) for seconds in (0.2, 7, 100, 36000, 5)]
     left = [PutOff(delay, f"TURN_{number}") for number, delay in enumerate(delays)]
 
-    def handle(_: Payload) -> None:
-        if left:
-            raise left.pop(0)
+    def handle(_: Payload) -> Ending:
+        later = left.pop(0) if left else None
+        return lambda: later
 
     worker = make_worker(jobs, {"greet": handle})
     queue(jobs, database, token="sekret")
@@ -501,7 +525,7 @@ def work(_):
     start.wait(10)
     while (job := jobs.claim(timedelta(seconds=60))) is not None:
         done.append(jobs.payload(job)["number"])
-        jobs.finish(job)
+        jobs.end(job)
     database.close()
 
 print("ready", flush=True)

@@ -139,7 +139,7 @@ def test_a_linked_discord_user_s_keys_grants_and_blocks_are_adopted(
     assert app.discord_users.find("7") == user
     assert {one.id for one in app.database.fetch_all(User.select())} == {user.id}
     # What is still to be delivered goes out with the adopted keys.
-    assert app.api_keys.values([key.id]) == ["EXAMPLE-KEY"]
+    assert app.api_keys.values([key.id]) == {key.id: "EXAMPLE-KEY"}
 
 
 def test_an_identity_of_another_client_s_user_is_not_adopted(
