@@ -36,7 +36,7 @@ from doorward_server.errors import OperatorError
 from doorward_server.failures import FailureLimit
 from doorward_server.identities import Identities
 from doorward_server.integrations import REVOCATION, Integrations
-from doorward_server.jobs import Jobs, RetryPolicy, Worker
+from doorward_server.jobs import Jobs, outside
 from doorward_server.key_validators import KeyValidators
 from doorward_server.logs import Log, describe, make_log
 from doorward_server.models import MasterKeyUse
@@ -53,6 +53,7 @@ from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions
 from doorward_server.settings import Settings
 from doorward_server.users import Users
+from doorward_server.worker import RetryPolicy, Worker
 
 SERVICES = [
     integration_service_pb2.DESCRIPTOR.services_by_name["IntegrationService"],
@@ -272,9 +273,9 @@ class App:
         return Worker(
             self.jobs,
             {
-                REVOCATION: self.integrations.revoke_at_provider,
-                DEADLINE: self.consents.end,
-                DELIVERY: self.deliveries.attempt,
+                REVOCATION: outside(self.integrations.revoke_at_provider),
+                DEADLINE: outside(self.consents.end),
+                DELIVERY: self.deliveries.begin,
             },
             when_abandoned={DELIVERY: self.deliveries.abandon},
             retry=RetryPolicy(jobs.schedule),

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class _Change(Generic[T]):
-    """What one thread wants to write, and what became of it."""
+class Change(Generic[T]):
+    """What a thread wants to write, and what became of it."""
 
     run: Callable[[], T]
     is_done: bool = False
@@ -69,19 +69,23 @@ class Database:
         # While the file is held by another program, some threads have to stay free for reads.
         self._queue = threading.BoundedSemaphore(_LONGEST_QUEUE)
         # What waits to be written; a deque's operations are atomic.
-        self._changes: deque[_Change[Any]] = deque()
+        self._changes: deque[Change[Any]] = deque()
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction. Never do network calls inside."""
+        with self._as_writer(), storage_failures(), self.engine.atomic():
+            yield
+
+    @contextmanager
+    def _as_writer(self) -> Iterator[None]:
         with self._queued():
             if not self._writer.acquire(timeout=self._busy_timeout):
                 raise StorageUnavailable
             try:
-                with storage_failures(), self.engine.atomic():
-                    yield
+                yield
             finally:
                 self._writer.release()
 
@@ -92,7 +96,7 @@ class Database:
         the threads commits, perhaps a second time, so it does nothing but use this database. When it raises, it
         alone is undone.
         """
-        change = _Change(run)
+        change = Change(run)
         with self._queued():
             self._changes.append(change)
             if not self._writer.acquire(timeout=self._busy_timeout):
@@ -104,14 +108,20 @@ class Database:
                     raise StorageUnavailable
             try:
                 if not change.is_done:
-                    self._run_changes()
+                    self._run_changes([self._changes.popleft() for _ in range(len(self._changes))])
             finally:
                 self._writer.release()
         return change.outcome()
 
-    def _run_changes(self) -> None:
-        """Run all that wait, together; or, if one of them fails, each by itself."""
-        changes = [self._changes.popleft() for _ in range(len(self._changes))]
+    def write_each(self, runs: Iterable[Callable[[], T]]) -> list[Change[T]]:
+        """Run changes, each as `write` runs one, in a transaction; returns what became of each."""
+        changes = [Change(run) for run in runs]
+        with self._as_writer():
+            self._run_changes(changes)
+        return changes
+
+    def _run_changes(self, changes: Sequence[Change[Any]]) -> None:
+        """Run changes together; or, if one of them fails, each by itself."""
         try:
             with storage_failures(), self.engine.atomic():
                 for change in changes:
@@ -125,7 +135,7 @@ class Database:
         for change in changes:
             change.is_done = True
 
-    def _run_alone(self, change: _Change[Any]) -> None:
+    def _run_alone(self, change: Change[Any]) -> None:
         try:
             with storage_failures(), self.engine.atomic():
                 change.result = change.run()

@@ -27,7 +27,7 @@ from doorward_server.callbacks import Callback
 from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.errors import Busy, CallError, DeliveryNotAbandoned, DeliveryNotFound
-from doorward_server.jobs import Ending, Jobs, Payload, PutOff
+from doorward_server.jobs import Action, Ending, Jobs, Payload, PutOff
 from doorward_server.models import ConsentRequest, Delivery, DeliveryAttempt, to_micros
 from doorward_server.outbound import ConnectTimeout, NotConnectable, Outbound, Receipt, Timeouts
 
@@ -156,40 +156,36 @@ class Deliveries:
         )
         self.jobs.queue(DELIVERY, {"delivery": delivery.id})
 
-    def attempt(self, payload: Payload) -> Ending | None:
-        """The job of a delivery: one POST, of which is left to be written how it went and when to try again."""
-        opened = self.database.write(partial(self._open, payload["delivery"]))
-        if opened is None:
-            return None
-        due, keys = opened
-        early = due.next_attempt_at - to_micros(self.clock.now())
-        if early > 0:  # another worker, whose lease had ended, recorded its attempt after all
-            return lambda: PutOff(timedelta(microseconds=early), "TOO_EARLY")
-        if due.error is None and not keys:
-            # Its keys went out once, and none is left: an error now would contradict them.
-            return partial(self._finish, due, Status.ABANDONED, due.attempts)
-        attempted = self._post(due.callback, self._message(due, list(keys.values())))
-        return partial(self._record, due, attempted, list(keys))
+    def begin(self, payload: Payload) -> Action | PutOff | None:
+        """The job of a delivery: returns the attempt to make.
 
-    def _open(self, delivery_id: int) -> "tuple[_Due, dict[int, str]] | None":
-        """A queued delivery and its keys' values by id; inside a transaction.
-
-        Writes down, before anything is sent, whether keys or an error go out: never both.
+        Before anything is sent it is on record whether keys or an error go out: never both.
         """
-        row = self.database.execute(_DUE, (delivery_id,))
+        row = self.database.execute(_DUE, (payload["delivery"],))
         if row is None:
             return None
         due = _Due(*row)
-        if due.error is not None or due.next_attempt_at > to_micros(self.clock.now()):
-            return due, {}
-        key_ids = [key_id for (key_id,) in self.database.execute_all(_KEY_IDS, (due.request_id,))]
-        keys = self.api_keys.values(key_ids)
+        early = due.next_attempt_at - to_micros(self.clock.now())
+        if early > 0:  # another worker, whose lease had ended, recorded its attempt after all
+            return PutOff(timedelta(microseconds=early), "TOO_EARLY")
+        keys = self._keys(due) if due.error is None else {}
         if keys and not due.carried_keys:
             self.database.execute(_COMMIT_TO_KEYS, (due.id,))
-        elif not keys and not due.carried_keys:
+        elif not keys and due.carried_keys:  # an error now would contradict the keys that went out once
+            self._finish(due, Status.ABANDONED, due.attempts)
+            return None
+        elif not keys and due.error is None:
             self.database.execute(_COMMIT_TO_ERROR, (NOTHING_LEFT, due.id))
             due = due._replace(error=NOTHING_LEFT)
-        return due, keys
+        return partial(self._attempt, due, keys)
+
+    def _keys(self, due: "_Due") -> dict[int, str]:
+        """What is left of the keys that were granted: their values by id, in order."""
+        return self.api_keys.values([key_id for (key_id,) in self.database.execute_all(_KEY_IDS, (due.request_id,))])
+
+    def _attempt(self, due: "_Due", keys: dict[int, str]) -> Ending:
+        attempted = self._post(due.callback, self._message(due, list(keys.values())))
+        return partial(self._record, due, attempted, list(keys))
 
     def _message(self, due: "_Due", keys: Sequence[str]) -> Message:
         # What the application is told: keys, or an error.

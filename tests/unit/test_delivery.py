@@ -19,6 +19,7 @@ from doorward_server.clock import Clock
 from doorward_server.consents import Status
 from doorward_server.delivery import Schedule
 from doorward_server.errors import DeliveryNotAbandoned, DeliveryNotFound
+from doorward_server.jobs import Action, PutOff
 from doorward_server.models import AuditEvent, ConsentRequest, Delivery, DeliveryAttempt, Job
 from tests.processes import await_condition
 from tests.unit.conftest import StoppedClock
@@ -419,16 +420,25 @@ def test_an_attempt_that_ends_when_another_worker_has_the_delivery(application: 
     """It is on record all the same, and the other one sends only when it is time for the next attempt."""
     application.answer(500)
     delivery = application.deliver()
-    jobs, attempt, lease = application.world.app.jobs, application.world.app.deliveries.attempt, timedelta(seconds=60)
-    slow = jobs.claim(lease)
+    database, jobs = application.world.app.database, application.world.app.jobs
+    slow, lease = jobs.claim(timedelta(seconds=60)), timedelta(seconds=60)
     assert slow is not None
-    ending = attempt(jobs.payload(slow))
+
+    def begin() -> Action | PutOff | None:
+        return application.world.app.deliveries.begin(jobs.payload(slow))
+
+    action = database.write(begin)
+    assert callable(action)
+    ending = action()
     application.world.clock.advance(lease)
     quick = jobs.claim(lease)
     assert quick is not None
-    jobs.end(slow, ending)
-    later = jobs.end(quick, attempt(jobs.payload(quick)))
-    assert (later and later.reason, len(application.received)) == ("TOO_EARLY", 1)
+    assert ending is not None
+    database.write(lambda: jobs.end(slow, ending()))
+    later = database.write(begin)
+    assert isinstance(later, PutOff)
+    assert (later.reason, len(application.received)) == ("TOO_EARLY", 1)
+    database.write(lambda: jobs.end(quick, later))
     assert state_of(delivery) == ("queued", 1, True)
     assert 5 <= application.wait_for_next(delivery).total_seconds() <= 5.5
     assert len(application.received) == 2

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from doorward_server.clock import Clock
 from doorward_server.crypto import CannotOpen, KeyRing, MasterKey
 from doorward_server.database import Database
 from doorward_server.errors import Busy, ProviderTimeout, StorageUnavailable
-from doorward_server.jobs import Abandon, Ending, Handler, Jobs, Payload, PutOff, RetryPolicy, Worker
+from doorward_server.jobs import Abandon, Handler, Jobs, Payload, PutOff, outside
 from doorward_server.logs import make_log
 from doorward_server.models import Job
+from doorward_server.worker import RetryPolicy, Worker
 from tests.processes import await_condition, clean_environment
 from tests.unit.conftest import StoppedClock
 
@@ -174,7 +176,7 @@ def test_a_claimed_job_is_its_worker_s_until_the_lease_ends(
 @pytest.mark.parametrize(
     "late",
     [
-        pytest.param(lambda jobs, job: jobs.end(job), id="finish"),
+        pytest.param(lambda jobs, job: jobs.database.write(partial(jobs.end, job)), id="finish"),
         pytest.param(lambda jobs, job: jobs.put_off(job, PutOff(timedelta(0), "LATE")), id="put off"),
         pytest.param(lambda jobs, job: jobs.abandon(job, "LATE"), id="abandon"),
     ],
@@ -191,7 +193,7 @@ def test_a_claim_that_ran_out_changes_nothing_any_more(
         case "put off":
             jobs.put_off(quick, PutOff(timedelta(seconds=5), "QUICK"))
         case "finished":
-            jobs.end(quick)
+            database.write(partial(jobs.end, quick))
         case "abandoned":
             jobs.abandon(quick, "QUICK")
     before = rows(database)
@@ -203,32 +205,8 @@ def test_the_latest_claim_finishes_the_job(jobs: Jobs, database: Database, clock
     queue(jobs, database)
     claim(jobs)
     clock.advance(LEASE)
-    jobs.end(claim(jobs))
+    database.write(partial(jobs.end, claim(jobs)))
     assert rows(database) == []
-
-
-def test_what_a_handler_leaves_is_written_with_the_end_of_the_job(
-    jobs: Jobs, database: Database, clock: StoppedClock, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Both or neither: a handler whose last words cannot be written has failed."""
-    failures = ["x"]
-
-    def ending() -> None:
-        jobs.queue("next", {})
-        for failure in failures:
-            raise ZeroDivisionError(failure)
-
-    queue(jobs, database)
-    worker = make_worker(jobs, {"greet": lambda _: ending})
-    assert worker.run_one()
-    assert [(row["kind"], row["last_error"]) for row in rows(database)] == [("greet", "INTERNAL")]
-    failures.clear()
-    clock.advance(timedelta(hours=1))
-    assert worker.run_one()
-    assert [(row["kind"], row["last_error"]) for row in rows(database)] == [("next", None)]
-    assert ["job failed", "job put off", "job done"] == [
-        json.loads(line)["event"] for line in capfd.readouterr().err.splitlines()
-    ]
 
 
 # Retries
@@ -265,16 +243,43 @@ def make_worker(jobs: Jobs, handlers: dict[str, Handler], threads: int = 1) -> W
     )
 
 
-def failing(failure: Exception) -> Handler:
-    def handle(_: Payload) -> None:
+Work = Callable[[Payload], PutOff | None]
+Place = Callable[[Work], Handler]
+
+
+def handling(work: Work) -> Handler:
+    """Work that is done in the transaction in which the job is begun."""
+    return work
+
+
+def acting(work: Work) -> Handler:
+    """Work that is done between the transactions."""
+
+    def act(payload: Payload) -> None:
+        work(payload)
+
+    return outside(act)
+
+
+def ending(work: Work) -> Handler:
+    """Work that is done in the transaction in which the job ends."""
+    return lambda payload: lambda: partial(work, payload)
+
+
+everywhere = pytest.mark.parametrize("place", [handling, acting, ending])
+
+
+def failing(failure: Exception) -> Work:
+    def work(_: Payload) -> None:
         raise failure
 
-    return handle
+    return work
 
 
-def test_a_job_that_is_done_is_gone(jobs: Jobs, database: Database) -> None:
+@everywhere
+def test_a_job_that_is_done_is_gone(jobs: Jobs, database: Database, place: Place) -> None:
     seen: list[Payload] = []
-    worker = make_worker(jobs, {"greet": seen.append})
+    worker = make_worker(jobs, {"greet": place(seen.append)})
     queue(jobs, database, name="ada")
     assert worker.run_one()
     assert not worker.run_one()
@@ -282,6 +287,7 @@ def test_a_job_that_is_done_is_gone(jobs: Jobs, database: Database) -> None:
     assert rows(database) == []
 
 
+@everywhere
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
@@ -290,9 +296,9 @@ def test_a_job_that_is_done_is_gone(jobs: Jobs, database: Database) -> None:
     ],
 )
 def test_a_hopeless_job_is_abandoned_at_once_and_kept(
-    jobs: Jobs, database: Database, clock: StoppedClock, failure: Exception, reason: str
+    jobs: Jobs, database: Database, clock: StoppedClock, place: Place, failure: Exception, reason: str
 ) -> None:
-    worker = make_worker(jobs, {"greet": failing(failure)})
+    worker = make_worker(jobs, {"greet": place(failing(failure))})
     queue(jobs, database)
     assert worker.run_one()
     abandoned = [{"kind": "greet", "run_at": None, "attempts": 1, "last_error": reason}]
@@ -316,6 +322,7 @@ def test_a_payload_of_a_lost_key_is_abandoned_and_kept(jobs: Jobs, database: Dat
     assert rows(database) == [{"kind": "greet", "run_at": None, "attempts": 1, "last_error": "CANNOT_OPEN"}]
 
 
+@everywhere
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
@@ -332,10 +339,11 @@ def test_a_failing_job_is_tried_on_schedule_and_then_abandoned(
     database: Database,
     clock: StoppedClock,
     capfd: pytest.CaptureFixture[str],
+    place: Place,
     failure: Exception,
     reason: str,
 ) -> None:
-    worker = make_worker(jobs, {"greet": failing(failure)})
+    worker = make_worker(jobs, {"greet": place(failing(failure))})
     queue(jobs, database, token="sekret")
     for attempts, seconds in enumerate(SCHEDULE, start=1):
         assert worker.run_one()
@@ -354,18 +362,15 @@ def test_a_failing_job_is_tried_on_schedule_and_then_abandoned(
     assert events == ["job put off", "job put off", "job abandoned"]
 
 
-def test_a_handler_that_knows_when_to_try_again_is_never_given_up(
-    jobs: Jobs, database: Database, clock: StoppedClock, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("place", [handling, ending])
+def test_a_job_whose_handler_knows_when_to_try_again_is_never_given_up(
+    jobs: Jobs, database: Database, clock: StoppedClock, capfd: pytest.CaptureFixture[str], place: Place
 ) -> None:
     """By its own times, not by the schedule, which has long ended."""
     delays = [timedelta(seconds=seconds) for seconds in (0.2, 7, 100, 36000, 5)]
     left = [PutOff(delay, f"TURN_{number}") for number, delay in enumerate(delays)]
 
-    def handle(_: Payload) -> Ending:
-        later = left.pop(0) if left else None
-        return lambda: later
-
-    worker = make_worker(jobs, {"greet": handle})
+    worker = make_worker(jobs, {"greet": place(lambda _: left.pop(0) if left else None)})
     queue(jobs, database, token="sekret")
     for number, delay in enumerate(delays):
         assert worker.run_one()
@@ -382,12 +387,39 @@ def test_a_handler_that_knows_when_to_try_again_is_never_given_up(
     assert [line["reason"] for line in lines[:-1]] == [f"TURN_{number}" for number in range(len(delays))]
 
 
+@pytest.mark.parametrize("place", [handling, ending])
+def test_what_is_written_is_written_with_the_end_of_the_job(
+    jobs: Jobs, database: Database, clock: StoppedClock, capfd: pytest.CaptureFixture[str], place: Place
+) -> None:
+    """Both or neither."""
+    failures = ["x"]
+
+    def work(_: Payload) -> None:
+        jobs.queue("next", {})
+        for failure in failures:
+            raise ZeroDivisionError(failure)
+
+    queue(jobs, database)
+    worker = make_worker(jobs, {"greet": place(work)})
+    assert worker.run_one()
+    assert [(row["kind"], row["last_error"]) for row in rows(database)] == [("greet", "INTERNAL")]
+    failures.clear()
+    clock.advance(timedelta(hours=1))
+    assert worker.run_one()
+    assert [(row["kind"], row["last_error"]) for row in rows(database)] == [("next", None)]
+    assert [json.loads(line)["event"] for line in capfd.readouterr().err.splitlines()] == [
+        "job failed",
+        "job put off",
+        "job done",
+    ]
+
+
 def test_a_worker_does_what_was_queued_for_later_when_its_time_comes(jobs: Jobs, database: Database) -> None:
     """Nothing but looking tells that it is due."""
     done = threading.Event()
     clock = Clock()
     jobs = Jobs(database, clock, KeyRing([KEY]))
-    with started(make_worker(jobs, {"greet": lambda _: done.set()})):
+    with started(make_worker(jobs, {"greet": outside(lambda _: done.set())})):
         begun = clock.now()
         with database.writing():
             jobs.queue("greet", {}, run_at=begun + timedelta(seconds=0.3))
@@ -411,7 +443,7 @@ def test_no_more_jobs_at_once_than_threads(jobs: Jobs, database: Database, threa
     with database.writing():
         for number in range(100):
             jobs.queue("greet", {"number": number})
-    with started(make_worker(jobs, {"greet": handle}, threads)):
+    with started(make_worker(jobs, {"greet": outside(handle)}, threads)):
         await_condition(lambda: len(done) == 100, "all jobs")
     assert set(done.values()) == {1}
     assert 1 <= most <= threads
@@ -425,7 +457,7 @@ def test_a_job_that_heals_is_done(jobs: Jobs, database: Database, clock: Stopped
         if failures:
             raise failures.pop()
 
-    worker = make_worker(jobs, {"greet": handle})
+    worker = make_worker(jobs, {"greet": outside(handle)})
     queue(jobs, database)
     worker.run_one()
     clock.advance(timedelta(seconds=SCHEDULE[0]))
@@ -446,14 +478,15 @@ def started(worker: Worker) -> Iterator[None]:
 def workers() -> set[str]:
     """The worker's threads that live."""
     names = {thread.name for thread in threading.enumerate()}
-    return {name for name in names if name.startswith(("worker", "claimer"))}
+    return {name for name in names if name.startswith(("worker", "jobs"))}
 
 
-def test_a_worker_survives_every_failure(jobs: Jobs, database: Database) -> None:
+@everywhere
+def test_a_worker_survives_every_failure(jobs: Jobs, database: Database, place: Place) -> None:
     done: list[int] = []
     failures = [Abandon("x"), ProviderTimeout(), RuntimeError("x"), StorageUnavailable(), CannotOpen()]
-    handlers = {f"fail{number}": failing(failure) for number, failure in enumerate(failures)}
-    worker = make_worker(jobs, {**handlers, "greet": lambda payload: done.append(payload["number"])})
+    handlers = {f"fail{number}": place(failing(failure)) for number, failure in enumerate(failures)}
+    worker = make_worker(jobs, {**handlers, "greet": outside(lambda payload: done.append(payload["number"]))})
     with started(worker):
         for number in range(10):
             queue(jobs, database, kind=f"fail{number % len(failures)}")
@@ -473,7 +506,7 @@ def test_a_worker_survives_a_database_that_fails(
         log.append(capfd.readouterr().err)
         return "jobs wait for the database" in "".join(log)
 
-    worker = make_worker(jobs, {"greet": lambda _: done.set()})
+    worker = make_worker(jobs, {"greet": outside(lambda _: done.set())})
     database.engine.execute_sql("ALTER TABLE jobs RENAME TO jobs_away")  # type: ignore[no-untyped-call]
     with started(worker):
         await_condition(is_logged, "the worker to meet the failure")
@@ -490,7 +523,7 @@ def test_stop_waits_for_the_job_under_way(jobs: Jobs, database: Database) -> Non
         may_end.wait(10)
         ended.set()
 
-    worker = make_worker(jobs, {"greet": handle})
+    worker = make_worker(jobs, {"greet": outside(handle)})
     queue(jobs, database)
     worker.start()
     assert begun.wait(10)
@@ -508,6 +541,7 @@ _WORKER = """
 import json, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from doorward_server import models
 from doorward_server.clock import Clock
@@ -525,7 +559,7 @@ def work(_):
     start.wait(10)
     while (job := jobs.claim(timedelta(seconds=60))) is not None:
         done.append(jobs.payload(job)["number"])
-        jobs.end(job)
+        database.write(partial(jobs.end, job))
     database.close()
 
 print("ready", flush=True)

@@ -126,3 +126,24 @@ def test_many_threads(database: Database) -> None:
     assert sorted(one for one in results if one != "taken") == sorted(f"user-{number}" for number in range(50))
     assert results.count("taken") == 150
     assert len(slugs()) == 50
+
+
+def test_changes_of_one_thread(database: Database) -> None:
+    """Each is told of by itself, in order; a failing one undoes itself alone."""
+
+    def insert_and_fail() -> tuple[str, int]:
+        insert("undone")
+        raise SlugTaken
+
+    changes = database.write_each([partial(insert, "first"), insert_and_fail, partial(insert, "last")])
+    assert [type(change.failure) for change in changes] == [type(None), SlugTaken, type(None)]
+    assert [changes[place].outcome()[0] for place in (0, 2)] == ["first", "last"]
+    with pytest.raises(SlugTaken):
+        changes[1].outcome()
+    assert slugs() == {"first", "last"}
+
+
+def test_changes_of_one_thread_in_a_failing_storage(database: Database) -> None:
+    database.engine.execute_sql("DROP TABLE users")  # type: ignore[no-untyped-call]
+    changes = database.write_each([partial(insert, "first"), partial(insert, "last")])
+    assert [type(change.failure) for change in changes] == [StorageUnavailable] * 2
