@@ -31,7 +31,7 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
 from doorward_server.settings import GrpcSection, JobsSection
-from tests.bench import consenting, delivering, linking, load, stack
+from tests.bench import claiming, consenting, delivering, linking, load, stack
 from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
@@ -48,6 +48,7 @@ _LEAST_OF_ECHO_LOGGING = 0.60
 _LEAST_OF_GET = 0.5
 _LEAST_OF_INSERT = 0.7
 _LEAST_OF_POST = 0.6
+_LEAST_OF_SMALL = 1 / 1.5
 _MOST_FOR_BASIC = 60e-6
 _FLAT_WITHIN = 1.2
 _MOST_MEMORY = 120_000_000
@@ -160,6 +161,7 @@ class Outcome:
     accept: Contender
     post: Contender
     deliver: Contender
+    claims: Sequence[Contender]
 
 
 def _run(options: Options, say: Callable[[str], None]) -> Outcome:
@@ -206,8 +208,11 @@ def _run(options: Options, say: Callable[[str], None]) -> Outcome:
         say("deliveries")
         post, deliver = enter(delivering.contenders(folder, server_core, load_core, threads=JobsSection().threads))
         _measure_rounds((post, deliver), options, say)
+        say("claims")
+        claims = enter(claiming.contenders(folder, finished=options.many, waiting=options.many // 10))
+        _measure_rounds(claims, options, say)
         return Outcome(
-            *contenders, rest, envoy_cpu_per_answer, resident, get, link, basic, insert, accept, post, deliver
+            *contenders, rest, envoy_cpu_per_answer, resident, get, link, basic, insert, accept, post, deliver, claims
         )
 
 
@@ -270,24 +275,21 @@ def _table(outcome: Outcome) -> Table:
     memory = f"{outcome.resident / 2**20:.0f} MiB"
     few_enough = outcome.resident <= _MOST_MEMORY
     table.add_row("resident memory after it all", memory, "", "≤ 120 MB", _mark(few_enough))
-    get, link = outcome.get, outcome.link
-    _add(table, get, "", "", None, "")
-    ratio = link.ratio(get)
-    by_cpu = f"{link.cpu_ratio(get):.2f}"
-    _add(table, link, f"{ratio:.2f} of GET", f"≥ {_LEAST_OF_GET}", ratio >= _LEAST_OF_GET, by_cpu)
-    insert, accept = outcome.insert, outcome.accept
-    _add(table, insert, "", "", None, "")
-    ratio = accept.ratio(insert)
-    by_cpu = f"{accept.cpu_ratio(insert):.2f}"
-    _add(table, accept, f"{ratio:.2f} of insert", f"≥ {_LEAST_OF_INSERT}", ratio >= _LEAST_OF_INSERT, by_cpu)
-    post, deliver = outcome.post, outcome.deliver
-    _add(table, post, "", "", None, "")
-    ratio = deliver.ratio(post)
-    by_cpu = f"{deliver.cpu_ratio(post):.2f}"
-    _add(table, deliver, f"{ratio:.2f} of POST", f"≥ {_LEAST_OF_POST}", ratio >= _LEAST_OF_POST, by_cpu)
+    _compare(table, outcome.link, outcome.get, "GET", _LEAST_OF_GET)
     quick_enough = outcome.basic <= _MOST_FOR_BASIC
     table.add_row("  Basic", "", _micros(outcome.basic), f"≤ {_micros(_MOST_FOR_BASIC)}", _mark(quick_enough))
+    _compare(table, outcome.accept, outcome.insert, "insert", _LEAST_OF_INSERT)
+    _compare(table, outcome.deliver, outcome.post, "POST", _LEAST_OF_POST)
+    for small, large in zip(outcome.claims[::2], outcome.claims[1::2], strict=True):
+        _compare(table, large, small, "small", _LEAST_OF_SMALL)
     return table
+
+
+def _compare(table: Table, contender: Contender, reference: Contender, called: str, least: float) -> None:
+    """Two rows: what is compared to, and what is compared."""
+    _add(table, reference, "", "", None, "")
+    ratio, by_cpu = contender.ratio(reference), f"{contender.cpu_ratio(reference):.2f}"
+    _add(table, contender, f"{ratio:.2f} of {called}", f"≥ {least:.2f}", ratio >= least, by_cpu)
 
 
 def _add(table: Table, contender: Contender, ratio: str, target: str, met: bool | None, by_cpu: str) -> None:

@@ -135,7 +135,8 @@ def test_changes_of_one_thread(database: Database) -> None:
         insert("undone")
         raise SlugTaken
 
-    changes = database.write_each([partial(insert, "first"), insert_and_fail, partial(insert, "last")])
+    runs: list[Callable[[], tuple[str, int]]] = [partial(insert, "first"), insert_and_fail, partial(insert, "last")]
+    changes = database.write_each(runs)
     assert [type(change.failure) for change in changes] == [type(None), SlugTaken, type(None)]
     assert [changes[place].outcome()[0] for place in (0, 2)] == ["first", "last"]
     with pytest.raises(SlugTaken):
