@@ -5,6 +5,7 @@ Owns the tables `consent_requests`, `grants`, `grant_keys` and `application_bloc
 """
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -12,9 +13,12 @@ from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
+from peewee import fn
+
 from doorward_server.api_keys import ApiKeys, ListedKey
 from doorward_server.applications import Applications, Registered
 from doorward_server.audit import Audit
+from doorward_server.bell import Bell
 from doorward_server.callbacks import Callback, InvalidCallback, clean_name
 from doorward_server.clock import Clock
 from doorward_server.database import Database
@@ -112,7 +116,7 @@ class Question:
 
 
 class Leased(NamedTuple):
-    """A prompt to be sent, under a lease."""
+    """A request, and the keys among which its user may choose."""
 
     request: ConsentRequest
     keys: list[ListedKey]
@@ -144,6 +148,7 @@ class Consents:
     lifetime: timedelta
     allow_unregistered: bool
     bulkhead: Bulkhead  # of the calls that wait
+    bell: Bell = field(default_factory=Bell)
 
     # Asking
 
@@ -231,6 +236,7 @@ class Consents:
         )
         self.jobs.queue(DEADLINE, {"request": request_id, "outcome": outcome}, run_at=ends)
         asker = _sender(asking.application_id, asking.host)
+        self.database.engine.after_commit(self.bell.ring)
         self.audit.record(asker, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
         return request_id
 
@@ -254,35 +260,55 @@ class Consents:
     # Prompting
 
     def lease(self, most: int, lease: timedelta, wait: float) -> list[Leased]:
-        """Take prompts to be sent, at most so many; waits so many seconds for the first. Raises Busy."""
+        """Take prompts to be sent or closed, at most so many; waits so many seconds for the first. Raises Busy."""
+        rung = self.bell.rung
         leased = self._lease(most, lease)
-        if not leased and wait:
-            with self.bulkhead.waiting():
-                for _ in self.clock.polls(wait, first=0.01, longest=_LONGEST_POLL):
-                    if leased := self._lease(most, lease):
-                        break
-        return [Leased(request, self._keys_of(request.discord_user)) for request in leased]
+        if leased or not wait:
+            return leased
+        with self.bulkhead.waiting():
+            ends = time.monotonic() + wait
+            while not leased and (left := ends - time.monotonic()) > 0:
+                rung = self.bell.wait(rung, min(left, _LONGEST_POLL))
+                leased = self._lease(most, lease)
+        return leased
 
-    def _lease(self, most: int, lease: timedelta) -> list[ConsentRequest]:
+    def _lease(self, most: int, lease: timedelta) -> list[Leased]:
         now = self.clock.now()
-        leasable = (
-            (ConsentRequest.status == Status.PENDING)
-            & (ConsentRequest.lease_expires_at <= now)
-            & (ConsentRequest.deadline_at > now)
+        sibling = ConsentRequest.alias()
+        open_siblings = sibling.select().where(
+            sibling.prompt_id == ConsentRequest.prompt_id, sibling.finished_at.is_null()
         )
-        waiting = ConsentRequest.select().where(leasable).order_by(ConsentRequest.lease_expires_at, ConsentRequest.id)
-        if not self.database.fetch_all(waiting.limit(1)):
+        to_send = (ConsentRequest.status == Status.PENDING) & (ConsentRequest.deadline_at > now)
+        to_close = (
+            ConsentRequest.finished_at.is_null(False)
+            & ConsentRequest.message.is_null(False)
+            & ConsentRequest.message_closed_at.is_null()
+            & ~fn.EXISTS(open_siblings)
+        )
+        due = [
+            ConsentRequest.select(ConsentRequest.prompt_id)
+            .where(wanted, ConsentRequest.lease_expires_at <= now)
+            .order_by(ConsentRequest.lease_expires_at, ConsentRequest.id)
+            for wanted in (to_send, to_close)
+        ]
+        if not any(self.database.fetch_all(query.limit(1)) for query in due):
             return []
         with self.database.writing():
-            first_of: dict[int, ConsentRequest] = {}
-            for request in waiting.limit(most):
-                first_of.setdefault(request.prompt_id or request.id, request)
-            for request in first_of.values():
-                request.lease_epoch += 1
-                ConsentRequest.update(lease_epoch=request.lease_epoch, lease_expires_at=now + lease).where(
-                    ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
-                ).execute()
-            return list(first_of.values())
+            prompts = dict.fromkeys(row.prompt_id for query in due for row in query.limit(most))
+            return [self._lease_prompt(prompt_id, now + lease) for prompt_id in [*prompts][:most]]
+
+    def _lease_prompt(self, prompt_id: int | None, until: datetime) -> Leased:
+        """Inside a transaction; tells of an open one of the requests that share the prompt, or of the last to end."""
+        together = ConsentRequest.prompt_id == prompt_id
+        ConsentRequest.update(lease_epoch=ConsentRequest.lease_epoch + 1, lease_expires_at=until).where(
+            together
+        ).execute()
+        query = ConsentRequest.select().where(together)
+        return self._with_keys(
+            query.order_by(
+                ConsentRequest.finished_at.is_null(False), ConsentRequest.finished_at.desc(), ConsentRequest.id
+            ).get()
+        )
 
     def mark_prompted(self, request_id: int, lease_epoch: int, message: str) -> None:
         """The prompt was sent. Raises ConsentRequestNotFound, RequestFinished, LeaseLost."""
@@ -296,12 +322,29 @@ class Consents:
                 ConsentRequest.id.in_([one.id for one in together])
             ).execute()
 
+    def close_prompt(self, request_id: int) -> None:
+        """The message of a prompt shows how it ended. Raises ConsentRequestNotFound."""
+        with self.database.writing():
+            request = self.get(request_id)
+            ConsentRequest.update(message_closed_at=self.clock.now()).where(
+                ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null(False)
+            ).execute()
+
     # Deciding
 
-    def resolve(self, request_id: int, outcome: Status, key_ids: Sequence[int] = (), *, actor: str) -> Status:
+    def resolve(
+        self,
+        request_id: int,
+        outcome: Status,
+        key_ids: Sequence[int] = (),
+        *,
+        actor: str,
+        closes_within: timedelta = timedelta(),
+    ) -> Status:
         """Record an outcome for all open requests that share the prompt, even when the given one is over.
 
-        When all of them are, their outcome stays, and is returned. Raises ConsentRequestNotFound, KeyNotFound.
+        When all of them are, their outcome stays, and is returned. The caller has `closes_within` to close the
+        prompt before anyone else is asked to. Raises ConsentRequestNotFound, KeyNotFound.
         """
         with self.database.writing():
             request = self.get(request_id)
@@ -311,7 +354,7 @@ class Consents:
             if outcome is Status.GRANTED:
                 self._require_keys(request.discord_user, key_ids)
             for one in together:
-                self._finish(one, outcome, key_ids, actor)
+                self._finish(one, outcome, key_ids, actor, closes_within)
             return outcome
 
     def end(self, payload: Payload) -> None:
@@ -321,12 +364,22 @@ class Consents:
             if request is not None and request.finished_at is None:
                 self._finish(request, Status(payload["outcome"]), (), "doorward")
 
-    def _finish(self, request: ConsentRequest, outcome: Status, key_ids: Sequence[int], actor: str) -> None:
+    def _finish(
+        self,
+        request: ConsentRequest,
+        outcome: Status,
+        key_ids: Sequence[int],
+        actor: str,
+        closes_within: timedelta = timedelta(),
+    ) -> None:
         """Inside a transaction: the outcome and its delivery."""
         if outcome not in TRANSITIONS[Status(request.status)]:
             raise RequestFinished
         now = self.clock.now()
-        ConsentRequest.update(status=outcome, finished_at=now).where(ConsentRequest.id == request.id).execute()
+        ConsentRequest.update(status=outcome, finished_at=now, lease_expires_at=now + closes_within).where(
+            ConsentRequest.id == request.id
+        ).execute()
+        self.database.engine.after_commit(self.bell.ring)
         if outcome is Status.GRANTED:
             user = self.discord_users.find(request.discord_user)
             grant = Grant.create(request=request, user=user, created_at=now)
@@ -357,6 +410,19 @@ class Consents:
             return request  # type: ignore[no-any-return]
         raise ConsentRequestNotFound
 
+    def latest(
+        self, discord_user: str | None, most: int, *, before: int | None = None, only_prompted: bool = False
+    ) -> list[Leased]:
+        """A user's requests, or all, the latest first; below an id; or only those that wait for the user's answer."""
+        query = ConsentRequest.select().order_by(ConsentRequest.id.desc()).limit(most)
+        if discord_user is not None:
+            query = query.where(ConsentRequest.discord_user == parse_snowflake(discord_user))
+        if before is not None:
+            query = query.where(ConsentRequest.id < before)
+        if only_prompted:
+            query = query.where(ConsentRequest.status == Status.PROMPTED)
+        return [self._with_keys(request) for request in self.database.fetch_all(query)]
+
     def requests_of(self, discord_user: str) -> list[ConsentRequest]:
         """A user's requests, the latest first, at most a hundred."""
         query = ConsentRequest.select().where(ConsentRequest.discord_user == parse_snowflake(discord_user))
@@ -369,9 +435,9 @@ class Consents:
         )
         return list(query.order_by(ConsentRequest.id))
 
-    def _keys_of(self, discord_user: str) -> list[ListedKey]:
-        user = self.discord_users.find(discord_user)
-        return self.api_keys.list(user) if user else []
+    def _with_keys(self, request: ConsentRequest) -> Leased:
+        user = self.discord_users.find(request.discord_user) if request.finished_at is None else None
+        return Leased(request, self.api_keys.list(user) if user else [])
 
     # Sharing
 

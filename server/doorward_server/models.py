@@ -319,6 +319,7 @@ class ConsentRequest(peewee.Model):
     lease_epoch = peewee.IntegerField()
     lease_expires_at = TimeField()
     message = peewee.TextField(null=True)  # where the bot put the prompt
+    message_closed_at = TimeField(null=True)  # since when that shows the outcome
     deadline_at = TimeField()
     created_at = TimeField()
     finished_at = TimeField(null=True)

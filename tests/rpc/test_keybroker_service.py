@@ -23,6 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 from standardwebhooks import Webhook
 
 from doorward.keybroker.v1 import keybroker_service_pb2 as pb
+from doorward_server.consents import Status
 from doorward_server.models import (
     ApplicationBlock,
     ConsentRequest,
@@ -214,6 +215,7 @@ def test_what_is_asked_can_be_read(bot: Caller, application: Asker, user: str) -
     [
         ("GetConsentRequest", {}),
         ("MarkPrompted", {"message": "1"}),
+        ("ClosePrompt", {}),
         ("ResolveConsentRequest", {"canceled": {}}),
         ("BlockApplication", {"discordUserId": "7"}),
     ],
@@ -486,6 +488,99 @@ def test_a_lease_that_ran_out_holds_until_another_takes_it(
     house.clock.ahead = timedelta(seconds=60)
     assert bot("MarkPrompted", requestId=request_id, leaseEpoch=leased.lease_epoch, message="1").code == "OK"
     assert lease(bot) == []
+
+
+def test_who_waits_gets_what_is_asked_meanwhile(bot: Caller, application: Asker, user: str) -> None:
+    assert lease(bot) == []
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lease, bot, wait_seconds=30)
+        request_id = application.ask(user)
+        [leased] = waiting.result(10)
+    assert leased.request.id == request_id
+
+
+# Prompts that ended
+
+
+@pytest.fixture
+def prompted(bot: Caller, application: Asker, user: str) -> int:
+    """A request whose prompt was sent."""
+    request_id = application.ask(user)
+    [leased] = lease(bot)
+    assert bot("MarkPrompted", requestId=request_id, leaseEpoch=leased.lease_epoch, message="7/8").code == "OK"
+    return request_id
+
+
+def test_a_prompt_that_ended_is_given_out_until_it_is_closed(house: House, bot: Caller, prompted: int) -> None:
+    house.app.consents.resolve(prompted, Status.CANCELED, actor="operator")
+    for ahead in (0, 6):
+        house.clock.ahead = timedelta(seconds=ahead)
+        [ended] = lease(bot, seconds=5)
+        assert (ended.request.id, ended.request.status, ended.request.message) == (prompted, _CANCELED, "7/8")
+        assert list(ended.keys) == []
+        assert lease(bot, seconds=5) == []
+    house.clock.ahead = timedelta(seconds=12)
+    for _ in range(2):
+        assert bot("ClosePrompt", requestId=prompted).code == "OK"
+    assert lease(bot) == []
+
+
+def test_the_deadline_s_outcome_is_to_be_shown_too(house: House, bot: Caller, prompted: int) -> None:
+    house.clock.ahead = _LIFETIME
+    work(house)
+    [ended] = lease(bot)
+    assert (ended.request.id, ended.request.status) == (prompted, _TIMED_OUT)
+
+
+def test_whoever_brings_the_outcome_is_first_to_show_it(house: House, bot: Caller, prompted: int) -> None:
+    assert bot("ResolveConsentRequest", requestId=prompted, canceled={}).answer.status == _CANCELED
+    assert lease(bot) == []
+    house.clock.ahead = timedelta(seconds=31)
+    assert [ended.request.id for ended in lease(bot)] == [prompted]
+
+
+def test_what_was_never_sent_needs_not_be_closed(house: House, bot: Caller, application: Asker, user: str) -> None:
+    request_id = application.ask(user)
+    house.app.consents.resolve(request_id, Status.BLOCKED, actor="operator")
+    assert lease(bot) == []
+
+
+def test_a_shared_prompt_is_open_as_long_as_one_of_its_requests(
+    house: House, bot: Caller, application: Asker, user: str, prompted: int
+) -> None:
+    house.clock.ahead = timedelta(seconds=300)
+    later = application.ask(user, state="later")
+    house.clock.ahead = _LIFETIME
+    work(house)
+    assert (status_of(bot, prompted), status_of(bot, later)) == (_TIMED_OUT, _PROMPTED)
+    assert lease(bot) == []
+    assert bot("ClosePrompt", requestId=prompted).code == "OK"
+    house.app.consents.resolve(prompted, Status.CANCELED, actor="operator")
+    [ended] = lease(bot)
+    assert (ended.request.id, ended.request.status, ended.request.message) == (later, _CANCELED, "7/8")
+
+
+# Lists
+
+
+def test_requests_are_listed(chain: KeyChain, bot: Caller, application: Asker, user: str, prompted: int) -> None:
+    key = chain.add(user)
+    other_user = application.ask("4242")
+
+    def listed(**fields: Any) -> list[tuple[int, list[int]]]:
+        result = bot("ListConsentRequests", maxRequests=100, **fields)
+        assert result.code == "OK", result.short
+        return [(one.request.id, [key.id for key in one.keys]) for one in result.answer.requests]
+
+    assert listed()[:2] == [(other_user, []), (prompted, [key])]
+    assert (prompted, [key]) in listed(onlyPrompted=True)
+    assert other_user not in dict(listed(onlyPrompted=True))
+    assert listed(discordUserId=user) == [(prompted, [key])]
+    assert listed(discordUserId=user, beforeId=prompted) == []
+    assert bot("ResolveConsentRequest", requestId=prompted, granted={"keyIds": [key]}).answer.status == _GRANTED
+    assert listed(discordUserId=user) == [(prompted, [])]
+    assert listed(discordUserId=user, onlyPrompted=True) == []
+    assert bot("ListConsentRequests", discordUserId="ada").short == "INVALID_ARGUMENT INVALID_USER_ID"
 
 
 @pytest.mark.parametrize("epoch", [0, 2, -1, 2**31 - 1])

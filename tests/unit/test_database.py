@@ -23,7 +23,7 @@ from doorward_server.models import User
 from doorward_server.users import Users
 from tests.processes import clean_environment
 
-MIGRATIONS = ["0001_initial", "0002_identity", "0003_keybroker"]
+MIGRATIONS = ["0001_initial", "0002_identity", "0003_keybroker", "0004_prompts"]
 _MIGRATIONS_FOLDER = Path(database_module.__file__).parent / "migrations"
 
 

@@ -28,7 +28,9 @@ _DELIVERY_STATUSES = {
     pb.DELIVERY_STATUS_SENT: DeliveryStatus.SENT,
     pb.DELIVERY_STATUS_ABANDONED: DeliveryStatus.ABANDONED,
 }
-_MOST_LEASED, _LONGEST_WAIT, _LONGEST_LEASE, _MOST_DELIVERIES = 100, 30.0, 300, 1000
+_MOST_LEASED, _LONGEST_WAIT, _LONGEST_LEASE, _MOST_REQUESTS, _MOST_DELIVERIES = 100, 30.0, 300, 100, 1000
+# How long the bot has to show the outcome that it brought, in the message.
+_CLOSING = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,34 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         self.consents.mark_prompted(request.request_id, request.lease_epoch, request.message)
         return pb.MarkPromptedResponse()
 
+    def ClosePrompt(self, request: pb.ClosePromptRequest, context: grpc.ServicerContext) -> pb.ClosePromptResponse:
+        self.consents.close_prompt(request.request_id)
+        return pb.ClosePromptResponse()
+
     def ResolveConsentRequest(
         self, request: pb.ResolveConsentRequestRequest, context: grpc.ServicerContext
     ) -> pb.ResolveConsentRequestResponse:
         outcome = _OUTCOMES.get(request.WhichOneof("outcome") or "", Status.CANCELED)
-        status = self.consents.resolve(request.request_id, outcome, request.granted.key_ids, actor=service_name())
+        status = self.consents.resolve(
+            request.request_id, outcome, request.granted.key_ids, actor=service_name(), closes_within=_CLOSING
+        )
         return pb.ResolveConsentRequestResponse(status=_status(status))
 
     def GetConsentRequest(
         self, request: pb.GetConsentRequestRequest, context: grpc.ServicerContext
     ) -> pb.GetConsentRequestResponse:
         return pb.GetConsentRequestResponse(request=_request(self.consents.get(request.request_id)))
+
+    def ListConsentRequests(
+        self, request: pb.ListConsentRequestsRequest, context: grpc.ServicerContext
+    ) -> pb.ListConsentRequestsResponse:
+        found = self.consents.latest(
+            request.discord_user_id or None,
+            min(max(request.max_requests, 1), _MOST_REQUESTS),
+            before=request.before_id or None,
+            only_prompted=request.only_prompted,
+        )
+        return pb.ListConsentRequestsResponse(requests=map(_leased, found))
 
     def ListGrants(self, request: pb.ListGrantsRequest, context: grpc.ServicerContext) -> pb.ListGrantsResponse:
         user = self.discord_users.find(parse_snowflake(request.discord_user_id))

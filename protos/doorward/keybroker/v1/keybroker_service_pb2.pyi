@@ -401,7 +401,7 @@ class LeasedConsentRequest(_message.Message):
     def request(self) -> Global___ConsentRequest: ...
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiKey]:
-        """The user's keys."""
+        """The user's keys; none once the request has ended."""
 
     def __init__(
         self,
@@ -478,6 +478,40 @@ class MarkPromptedResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MarkPromptedResponse: _TypeAlias = MarkPromptedResponse  # noqa: Y015
+
+@_typing.final
+class ClosePromptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClosePromptRequest: _TypeAlias = ClosePromptRequest  # noqa: Y015
+
+@_typing.final
+class ClosePromptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClosePromptResponse: _TypeAlias = ClosePromptResponse  # noqa: Y015
 
 @_typing.final
 class GrantedKeys(_message.Message):
@@ -624,6 +658,58 @@ class GetConsentRequestResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetConsentRequestResponse: _TypeAlias = GetConsentRequestResponse  # noqa: Y015
+
+@_typing.final
+class ListConsentRequestsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISCORD_USER_ID_FIELD_NUMBER: _builtins.int
+    ONLY_PROMPTED_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_FIELD_NUMBER: _builtins.int
+    BEFORE_ID_FIELD_NUMBER: _builtins.int
+    discord_user_id: _builtins.str
+    """Only this user's; "" for all."""
+    only_prompted: _builtins.bool
+    """Only those whose prompt was sent and waits for the user."""
+    max_requests: _builtins.int
+    """1 to 100."""
+    before_id: _builtins.int
+    """Only older ones than this; 0: from the newest on."""
+    def __init__(
+        self,
+        *,
+        discord_user_id: _builtins.str = ...,
+        only_prompted: _builtins.bool = ...,
+        max_requests: _builtins.int = ...,
+        before_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_id", b"before_id", "discord_user_id", b"discord_user_id", "max_requests", b"max_requests", "only_prompted", b"only_prompted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListConsentRequestsRequest: _TypeAlias = ListConsentRequestsRequest  # noqa: Y015
+
+@_typing.final
+class ListConsentRequestsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeasedConsentRequest]: ...
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___LeasedConsentRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListConsentRequestsResponse: _TypeAlias = ListConsentRequestsResponse  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):

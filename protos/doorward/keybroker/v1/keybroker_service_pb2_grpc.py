@@ -79,6 +79,11 @@ class KeyBrokerServiceStub:
                 request_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.MarkPromptedRequest.SerializeToString,
                 response_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.MarkPromptedResponse.FromString,
                 _registered_method=True)
+        self.ClosePrompt = channel.unary_unary(
+                '/doorward.keybroker.v1.KeyBrokerService/ClosePrompt',
+                request_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ClosePromptRequest.SerializeToString,
+                response_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ClosePromptResponse.FromString,
+                _registered_method=True)
         self.ResolveConsentRequest = channel.unary_unary(
                 '/doorward.keybroker.v1.KeyBrokerService/ResolveConsentRequest',
                 request_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ResolveConsentRequestRequest.SerializeToString,
@@ -88,6 +93,11 @@ class KeyBrokerServiceStub:
                 '/doorward.keybroker.v1.KeyBrokerService/GetConsentRequest',
                 request_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.GetConsentRequestRequest.SerializeToString,
                 response_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.GetConsentRequestResponse.FromString,
+                _registered_method=True)
+        self.ListConsentRequests = channel.unary_unary(
+                '/doorward.keybroker.v1.KeyBrokerService/ListConsentRequests',
+                request_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ListConsentRequestsRequest.SerializeToString,
+                response_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ListConsentRequestsResponse.FromString,
                 _registered_method=True)
         self.ListGrants = channel.unary_unary(
                 '/doorward.keybroker.v1.KeyBrokerService/ListGrants',
@@ -180,9 +190,9 @@ class KeyBrokerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LeaseConsentRequests(self, request, context):
-        """Takes prompts to be sent, each under a lease; waits up to `wait_seconds` for
-        the first. A prompt whose lease runs out before MarkPrompted is given out
-        again.
+        """Takes prompts to be sent, and sent ones that ended and do not show it yet,
+        each under a lease; waits up to `wait_seconds` for the first. A prompt whose
+        lease runs out before MarkPrompted or ClosePrompt is given out again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +202,14 @@ class KeyBrokerServiceServicer:
         """Tells that the prompt was sent, and where. Idempotent under the same lease.
         NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`. FAILED_PRECONDITION
         `REQUEST_FINISHED`. ABORTED `LEASE_LOST`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClosePrompt(self, request, context):
+        """Tells that the message of a prompt that ended shows how it did. Idempotent.
+        NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,6 +229,14 @@ class KeyBrokerServiceServicer:
 
     def GetConsentRequest(self, request, context):
         """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListConsentRequests(self, request, context):
+        """Lists requests, newest first, with the keys among which their users may
+        choose. INVALID_ARGUMENT `INVALID_USER_ID`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -293,6 +319,11 @@ def add_KeyBrokerServiceServicer_to_server(servicer, server):
                     request_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.MarkPromptedRequest.FromString,
                     response_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.MarkPromptedResponse.SerializeToString,
             ),
+            'ClosePrompt': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClosePrompt,
+                    request_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ClosePromptRequest.FromString,
+                    response_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ClosePromptResponse.SerializeToString,
+            ),
             'ResolveConsentRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.ResolveConsentRequest,
                     request_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ResolveConsentRequestRequest.FromString,
@@ -302,6 +333,11 @@ def add_KeyBrokerServiceServicer_to_server(servicer, server):
                     servicer.GetConsentRequest,
                     request_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.GetConsentRequestRequest.FromString,
                     response_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.GetConsentRequestResponse.SerializeToString,
+            ),
+            'ListConsentRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConsentRequests,
+                    request_deserializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ListConsentRequestsRequest.FromString,
+                    response_serializer=doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ListConsentRequestsResponse.SerializeToString,
             ),
             'ListGrants': grpc.unary_unary_rpc_method_handler(
                     servicer.ListGrants,
@@ -538,6 +574,33 @@ class KeyBrokerService:
             _registered_method=True)
 
     @staticmethod
+    def ClosePrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/doorward.keybroker.v1.KeyBrokerService/ClosePrompt',
+            doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ClosePromptRequest.SerializeToString,
+            doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ClosePromptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ResolveConsentRequest(request,
             target,
             options=(),
@@ -581,6 +644,33 @@ class KeyBrokerService:
             '/doorward.keybroker.v1.KeyBrokerService/GetConsentRequest',
             doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.GetConsentRequestRequest.SerializeToString,
             doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.GetConsentRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConsentRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/doorward.keybroker.v1.KeyBrokerService/ListConsentRequests',
+            doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ListConsentRequestsRequest.SerializeToString,
+            doorward_dot_keybroker_dot_v1_dot_keybroker__service__pb2.ListConsentRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -74,14 +74,18 @@ class KeyBrokerServiceStub:
     NOT_FOUND `KEY_NOT_FOUND`.
     """
     LeaseConsentRequests: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.LeaseConsentRequestsRequest, _keybroker_service_pb2.LeaseConsentRequestsResponse]
-    """Takes prompts to be sent, each under a lease; waits up to `wait_seconds` for
-    the first. A prompt whose lease runs out before MarkPrompted is given out
-    again.
+    """Takes prompts to be sent, and sent ones that ended and do not show it yet,
+    each under a lease; waits up to `wait_seconds` for the first. A prompt whose
+    lease runs out before MarkPrompted or ClosePrompt is given out again.
     """
     MarkPrompted: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.MarkPromptedRequest, _keybroker_service_pb2.MarkPromptedResponse]
     """Tells that the prompt was sent, and where. Idempotent under the same lease.
     NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`. FAILED_PRECONDITION
     `REQUEST_FINISHED`. ABORTED `LEASE_LOST`.
+    """
+    ClosePrompt: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.ClosePromptRequest, _keybroker_service_pb2.ClosePromptResponse]
+    """Tells that the message of a prompt that ended shows how it did. Idempotent.
+    NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
     """
     ResolveConsentRequest: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.ResolveConsentRequestRequest, _keybroker_service_pb2.ResolveConsentRequestResponse]
     """Records what the user decided, for all requests that share the prompt, and
@@ -93,6 +97,10 @@ class KeyBrokerServiceStub:
     """
     GetConsentRequest: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.GetConsentRequestRequest, _keybroker_service_pb2.GetConsentRequestResponse]
     """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
+    ListConsentRequests: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListConsentRequestsRequest, _keybroker_service_pb2.ListConsentRequestsResponse]
+    """Lists requests, newest first, with the keys among which their users may
+    choose. INVALID_ARGUMENT `INVALID_USER_ID`.
+    """
     ListGrants: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListGrantsRequest, _keybroker_service_pb2.ListGrantsResponse]
     """Lists what a Discord user shares with whom, and has not revoked."""
     RevokeGrant: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.RevokeGrantRequest, _keybroker_service_pb2.RevokeGrantResponse]
@@ -156,14 +164,18 @@ class KeyBrokerServiceAsyncStub(KeyBrokerServiceStub):
     NOT_FOUND `KEY_NOT_FOUND`.
     """
     LeaseConsentRequests: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.LeaseConsentRequestsRequest, _keybroker_service_pb2.LeaseConsentRequestsResponse]  # type: ignore[assignment]
-    """Takes prompts to be sent, each under a lease; waits up to `wait_seconds` for
-    the first. A prompt whose lease runs out before MarkPrompted is given out
-    again.
+    """Takes prompts to be sent, and sent ones that ended and do not show it yet,
+    each under a lease; waits up to `wait_seconds` for the first. A prompt whose
+    lease runs out before MarkPrompted or ClosePrompt is given out again.
     """
     MarkPrompted: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.MarkPromptedRequest, _keybroker_service_pb2.MarkPromptedResponse]  # type: ignore[assignment]
     """Tells that the prompt was sent, and where. Idempotent under the same lease.
     NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`. FAILED_PRECONDITION
     `REQUEST_FINISHED`. ABORTED `LEASE_LOST`.
+    """
+    ClosePrompt: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.ClosePromptRequest, _keybroker_service_pb2.ClosePromptResponse]  # type: ignore[assignment]
+    """Tells that the message of a prompt that ended shows how it did. Idempotent.
+    NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
     """
     ResolveConsentRequest: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.ResolveConsentRequestRequest, _keybroker_service_pb2.ResolveConsentRequestResponse]  # type: ignore[assignment]
     """Records what the user decided, for all requests that share the prompt, and
@@ -175,6 +187,10 @@ class KeyBrokerServiceAsyncStub(KeyBrokerServiceStub):
     """
     GetConsentRequest: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.GetConsentRequestRequest, _keybroker_service_pb2.GetConsentRequestResponse]  # type: ignore[assignment]
     """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
+    ListConsentRequests: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListConsentRequestsRequest, _keybroker_service_pb2.ListConsentRequestsResponse]  # type: ignore[assignment]
+    """Lists requests, newest first, with the keys among which their users may
+    choose. INVALID_ARGUMENT `INVALID_USER_ID`.
+    """
     ListGrants: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListGrantsRequest, _keybroker_service_pb2.ListGrantsResponse]  # type: ignore[assignment]
     """Lists what a Discord user shares with whom, and has not revoked."""
     RevokeGrant: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.RevokeGrantRequest, _keybroker_service_pb2.RevokeGrantResponse]  # type: ignore[assignment]
@@ -271,9 +287,9 @@ class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _keybroker_service_pb2.LeaseConsentRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keybroker_service_pb2.LeaseConsentRequestsResponse, _abc.Awaitable[_keybroker_service_pb2.LeaseConsentRequestsResponse]]:
-        """Takes prompts to be sent, each under a lease; waits up to `wait_seconds` for
-        the first. A prompt whose lease runs out before MarkPrompted is given out
-        again.
+        """Takes prompts to be sent, and sent ones that ended and do not show it yet,
+        each under a lease; waits up to `wait_seconds` for the first. A prompt whose
+        lease runs out before MarkPrompted or ClosePrompt is given out again.
         """
 
     @_abc_1.abstractmethod
@@ -285,6 +301,16 @@ class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Tells that the prompt was sent, and where. Idempotent under the same lease.
         NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`. FAILED_PRECONDITION
         `REQUEST_FINISHED`. ABORTED `LEASE_LOST`.
+        """
+
+    @_abc_1.abstractmethod
+    def ClosePrompt(
+        self,
+        request: _keybroker_service_pb2.ClosePromptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_service_pb2.ClosePromptResponse, _abc.Awaitable[_keybroker_service_pb2.ClosePromptResponse]]:
+        """Tells that the message of a prompt that ended shows how it did. Idempotent.
+        NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
         """
 
     @_abc_1.abstractmethod
@@ -308,6 +334,16 @@ class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keybroker_service_pb2.GetConsentRequestResponse, _abc.Awaitable[_keybroker_service_pb2.GetConsentRequestResponse]]:
         """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
+
+    @_abc_1.abstractmethod
+    def ListConsentRequests(
+        self,
+        request: _keybroker_service_pb2.ListConsentRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keybroker_service_pb2.ListConsentRequestsResponse, _abc.Awaitable[_keybroker_service_pb2.ListConsentRequestsResponse]]:
+        """Lists requests, newest first, with the keys among which their users may
+        choose. INVALID_ARGUMENT `INVALID_USER_ID`.
+        """
 
     @_abc_1.abstractmethod
     def ListGrants(

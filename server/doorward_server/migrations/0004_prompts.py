@@ -1,0 +1,17 @@
+"""Prompts whose message does not show their outcome yet."""
+
+import peewee
+from playhouse.migrate import SchemaMigrator
+
+STATEMENTS = """
+ALTER TABLE consent_requests ADD COLUMN message_closed_at BIGINT;
+UPDATE consent_requests SET message_closed_at = finished_at;
+CREATE INDEX consent_requests_closable ON consent_requests (lease_expires_at)
+    WHERE finished_at IS NOT NULL AND message IS NOT NULL AND message_closed_at IS NULL;
+CREATE INDEX consent_requests_prompted ON consent_requests (id) WHERE status = 'prompted'
+"""
+
+
+def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
+    for statement in STATEMENTS.split(";"):
+        database.execute_sql(statement)  # type: ignore[no-untyped-call]
