@@ -428,12 +428,16 @@ class Consents:
         query = ConsentRequest.select().where(ConsentRequest.discord_user == parse_snowflake(discord_user))
         return self.database.fetch_all(query.order_by(ConsentRequest.id.desc()).limit(100))
 
+    def is_prompt_open(self, request: ConsentRequest) -> bool:
+        """Whether the user may still answer: for this request, or one that shares its prompt."""
+        return bool(self._open_together(request))
+
     def _open_together(self, request: ConsentRequest) -> list[ConsentRequest]:
         """The open requests that share a request's prompt."""
         query = ConsentRequest.select().where(
             ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null()
         )
-        return list(query.order_by(ConsentRequest.id))
+        return self.database.fetch_all(query.order_by(ConsentRequest.id))
 
     def _with_keys(self, request: ConsentRequest) -> Leased:
         user = self.discord_users.find(request.discord_user) if request.finished_at is None else None

@@ -150,6 +150,16 @@ RPCS: dict[str, tuple[str, Callable[[Person], Message], str]] = {
         lambda _: keybroker.MarkPromptedRequest(),
         "NOT_FOUND CONSENT_REQUEST_NOT_FOUND",
     ),
+    f"{_KEYBROKER}/ClosePrompt": (
+        "bot",
+        lambda _: keybroker.ClosePromptRequest(),
+        "NOT_FOUND CONSENT_REQUEST_NOT_FOUND",
+    ),
+    f"{_KEYBROKER}/ListConsentRequests": (
+        "bot",
+        lambda _: keybroker.ListConsentRequestsRequest(),
+        "OK",
+    ),
     f"{_KEYBROKER}/ResolveConsentRequest": (
         "bot",
         lambda _: keybroker.ResolveConsentRequestRequest(),

@@ -109,7 +109,14 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
     def GetConsentRequest(
         self, request: pb.GetConsentRequestRequest, context: grpc.ServicerContext
     ) -> pb.GetConsentRequestResponse:
-        return pb.GetConsentRequestResponse(request=_request(self.consents.get(request.request_id)))
+        found = self.consents.get(request.request_id)
+        user = self.discord_users.find(found.discord_user)
+        return pb.GetConsentRequestResponse(
+            request=_request(found),
+            prompt_open=self.consents.is_prompt_open(found),
+            lease_epoch=found.lease_epoch,
+            keys=map(_key, self.api_keys.list(user) if user else []),
+        )
 
     def ListConsentRequests(
         self, request: pb.ListConsentRequestsRequest, context: grpc.ServicerContext

@@ -644,16 +644,32 @@ class GetConsentRequestResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
+    PROMPT_OPEN_FIELD_NUMBER: _builtins.int
+    LEASE_EPOCH_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    prompt_open: _builtins.bool
+    """Whether the user may still answer the prompt: this request is open, or one
+    that shares the prompt.
+    """
+    lease_epoch: _builtins.int
+    """For MarkPrompted, when what the prompt shows has changed."""
     @_builtins.property
     def request(self) -> Global___ConsentRequest: ...
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiKey]:
+        """The user's keys."""
+
     def __init__(
         self,
         *,
         request: Global___ConsentRequest | None = ...,
+        prompt_open: _builtins.bool = ...,
+        lease_epoch: _builtins.int = ...,
+        keys: _abc.Iterable[Global___ApiKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "lease_epoch", b"lease_epoch", "prompt_open", b"prompt_open", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -228,7 +228,7 @@ class KeyBrokerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetConsentRequest(self, request, context):
-        """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
+        """Reads a request and its prompt. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -96,7 +96,7 @@ class KeyBrokerServiceStub:
     the user's).
     """
     GetConsentRequest: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.GetConsentRequestRequest, _keybroker_service_pb2.GetConsentRequestResponse]
-    """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
+    """Reads a request and its prompt. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
     ListConsentRequests: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListConsentRequestsRequest, _keybroker_service_pb2.ListConsentRequestsResponse]
     """Lists requests, newest first, with the keys among which their users may
     choose. INVALID_ARGUMENT `INVALID_USER_ID`.
@@ -186,7 +186,7 @@ class KeyBrokerServiceAsyncStub(KeyBrokerServiceStub):
     the user's).
     """
     GetConsentRequest: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.GetConsentRequestRequest, _keybroker_service_pb2.GetConsentRequestResponse]  # type: ignore[assignment]
-    """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
+    """Reads a request and its prompt. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
     ListConsentRequests: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListConsentRequestsRequest, _keybroker_service_pb2.ListConsentRequestsResponse]  # type: ignore[assignment]
     """Lists requests, newest first, with the keys among which their users may
     choose. INVALID_ARGUMENT `INVALID_USER_ID`.
@@ -333,7 +333,7 @@ class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _keybroker_service_pb2.GetConsentRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keybroker_service_pb2.GetConsentRequestResponse, _abc.Awaitable[_keybroker_service_pb2.GetConsentRequestResponse]]:
-        """Reads a request. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
+        """Reads a request and its prompt. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`."""
 
     @_abc_1.abstractmethod
     def ListConsentRequests(

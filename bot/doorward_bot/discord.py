@@ -1,0 +1,83 @@
+"""The few calls of Discord's REST API that the bot makes itself, on raw JSON. Imports nothing of the project.
+
+disnake keeps what it hands out in caches, and has no parameter for `enforce_nonce`; its HTTP client still does the
+rate limits and the retries.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import disnake
+from disnake.http import HTTPClient, Route
+
+# Discord's JSON error codes (https://discord.com/developers/docs/topics/opcodes-and-status-codes#json).
+_NO_SUCH_USER = {10013, 50033}
+_REFUSED = {50007, 50278}
+_GONE = {10003, 10008, 50001}
+_HISTORY = 100
+Message = dict[str, Any]
+
+
+class CannotAsk(Exception):
+    """The user takes no messages from the bot, or does not exist."""
+
+
+class Dms:
+    """Direct messages with users."""
+
+    def __init__(self, http: HTTPClient) -> None:
+        self._http = http
+
+    async def open(self, user_id: int) -> int:
+        """The id of the channel. Raises CannotAsk."""
+        try:
+            channel = await self._http.start_private_message(user_id)
+        except disnake.HTTPException as failure:
+            raise _translated(failure) from None
+        return int(channel["id"])
+
+    async def send(self, channel_id: int, payload: Message, *, nonce: str) -> int:
+        """The id of the message; a repeat with the same nonce is the same message. Raises CannotAsk."""
+        route = Route("POST", "/channels/{channel_id}/messages", channel_id=channel_id)
+        try:
+            sent = await self._http.request(route, json={**payload, "nonce": nonce, "enforce_nonce": True})
+        except disnake.HTTPException as failure:
+            raise _translated(failure) from None
+        return int(sent["id"])
+
+    async def reply(self, message: Message, text: str) -> None:
+        """Answer a user's message; once, however often it is called."""
+        payload = {
+            "content": text,
+            "allowed_mentions": {"parse": []},
+            "message_reference": {"message_id": message["id"], "fail_if_not_exists": False},
+        }
+        await self.send(int(message["channel_id"]), payload, nonce=f"r{message['id']}")
+
+    async def edit(self, channel_id: int, message_id: int, payload: Message) -> bool:
+        """Change a message of the bot's; False: it is gone."""
+        route = Route(
+            "PATCH", "/channels/{channel_id}/messages/{message_id}", channel_id=channel_id, message_id=message_id
+        )
+        try:
+            await self._http.request(route, json=payload)
+        except disnake.HTTPException as failure:
+            if failure.code in _GONE:
+                return False
+            raise
+        return True
+
+    async def history(self, channel_id: int, after: int) -> AsyncIterator[Message]:
+        """The messages of a channel after an id (of a message, or a time), the oldest first."""
+        while True:
+            page = await self._http.logs_from(channel_id, _HISTORY, after=after)
+            page = sorted(page, key=lambda message: int(message["id"]))
+            for message in page:
+                yield dict(message)
+            if len(page) < _HISTORY:
+                return
+            after = int(page[-1]["id"])
+
+
+def _translated(failure: disnake.HTTPException) -> Exception:
+    return CannotAsk() if failure.code in _NO_SUCH_USER | _REFUSED else failure

@@ -1,0 +1,85 @@
+"""The bot's settings, all from the environment. Imports only `errors`."""
+
+import ipaddress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from doorward_bot.errors import BotError
+
+_MISSING = {
+    "DISCORD_TOKEN": "the bot's token of Discord's developer portal",
+    "DOORWARD_BOT_TOKEN": "a service token: `doorward token create --role bot` makes one",
+}
+
+
+class Settings(BaseSettings):
+    """Each is read from the environment variable of its name, in capitals."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+
+    # The token of the bot's account; or DISCORD_TOKEN_FILE, a file that holds it.
+    discord_token: SecretStr
+    # Where Discord's API is; plain http, which shows the token, only on this machine.
+    discord_api_base: str = "https://discord.com/api/v10"
+    # A service token of role `bot`; or DOORWARD_BOT_TOKEN_FILE, a file that holds it.
+    doorward_bot_token: SecretStr
+    # The server's gRPC port, as host:port; unset: on this machine, at DOORWARD_GRPC_PORT.
+    doorward_bot_server: str = ""
+    doorward_grpc_port: int = Field(50051, ge=1, le=65535)
+    # Where GET /healthz tells whether Discord and the server are reached, on this machine; 0: nowhere.
+    doorward_bot_health_port: int = Field(0, ge=0, le=65535)
+    doorward_log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("discord_api_base")
+    @classmethod
+    def _check_base(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.scheme not in {"http", "https"} or parts.query or parts.fragment:
+            raise ValueError("it has to be an absolute URL, such as https://discord.com/api/v10")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname):
+            raise ValueError("the token would go there in clear: it has to be https, but on 127.0.0.1")
+        return url.rstrip("/")
+
+    @property
+    def server(self) -> str:
+        """The server's address."""
+        return self.doorward_bot_server or f"127.0.0.1:{self.doorward_grpc_port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load(environment: dict[str, str]) -> Settings:
+    """Raises BotError."""
+    files = {name: _read(path) for name in _MISSING if (path := environment.get(f"{name}_FILE"))}
+    for name in files:
+        if environment.get(name):
+            raise BotError(f"{name} and {name}_FILE are both set: unset one of them")
+    given: dict[str, Any] = {name.lower(): value for name, value in files.items()}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]).upper()
+        if first["type"] == "missing":
+            raise BotError(f"{name} is not set: it is {_MISSING[name]}") from None
+        raise BotError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _read(path: str) -> str:
+    try:
+        text = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text"
+        raise BotError(f"cannot read {path}: {reason}") from None
+    if not text:
+        raise BotError(f"{path} is empty: it has to hold a token")
+    return text
