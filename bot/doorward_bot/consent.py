@@ -203,7 +203,7 @@ class Consent(commands.Cog):
                 self._log.info("user cannot be told")
 
     async def _prompt_for(self, message: Message) -> Prompt | str | None:
-        """The prompt that a message answers: the one it replies to, else the only open one; or what to tell the user."""
+        """The prompt that a message answers: which it replies to, or the only open one; or what to tell the user."""
         wanted = pb.ListConsentRequestsRequest(discord_user_id=message["author"]["id"], max_requests=_RECENT)
         answer = await self._broker.call("ListConsentRequests", wanted, patience=_PATIENCE)
         # Requests that share a prompt are one here, open ones first.
@@ -242,7 +242,8 @@ class Consent(commands.Cog):
     @commands.Cog.listener()
     async def on_message_interaction(self, inter: MessageInteraction[Any]) -> None:
         """A button was pressed, or something chosen in a menu."""
-        press = Press.parse(inter.component.custom_id)
+        # Not of `inter.component`, which fails when the message does not show it any more.
+        press = Press.parse(inter.data.custom_id)
         if press is None:
             return
         # First of all: Discord waits for three seconds. A decision counts even if this comes too late for that.
@@ -267,7 +268,8 @@ class Consent(commands.Cog):
         if place is None:
             return messages.NOT_KNOWN
         if not found.prompt_open:
-            await self._close(found.request, found.request.status)
+            if not found.request.message:  # nobody closes what the server does not know of
+                await self._show(press.request_id, place)
             return messages.LATE + messages.end(found.request.status)
         if not found.request.message:  # it was sent by a bot that died before it told the server
             await self._mark(press.request_id, found.lease_epoch, place)
@@ -300,7 +302,7 @@ class Consent(commands.Cog):
         prompt = replace(prompt, page=page, selection=_selection(_raw(inter.message), len(prompt.keys)))
         if press.action == "pick":
             selection = choose(prompt, [int(value) for value in inter.values or ()])
-            if not fits(selection, len(prompt.keys)):
+            if not fits(selection):
                 return messages.FULL
             prompt = replace(prompt, selection=selection)
         await self._dms.edit(place.channel_id, place.message_id, prompt.payload())

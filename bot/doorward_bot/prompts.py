@@ -126,7 +126,7 @@ class Prompt:
         selected = disnake.ui.Button(
             style=disnake.ButtonStyle.success,
             label=messages.share(len(self.selection)),
-            custom_id=self._id("share", encode(self.selection, len(self.keys))),
+            custom_id=self._id("share", encode(self.selection)),
             disabled=not self.selection,
         )
         return [selected, self._button("all", messages.SHARE_ALL, disnake.ButtonStyle.primary)]
@@ -179,27 +179,29 @@ def choose(prompt: Prompt, chosen_ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*stays, *chosen]))
 
 
-def encode(selection: Sequence[int], keys: int) -> str:
-    """A selection of so many keys as the end of a `custom_id`."""
-    width = _width(keys)
-    return "".join(_DIGITS[index // 64] * (width - 1) + _DIGITS[index % 64] for index in selection)
+def encode(selection: Sequence[int]) -> str:
+    """A selection as the end of a `custom_id`: how many digits an index has, and the indexes.
+
+    It tells that itself: a button that was pressed may be older than the keys that there are now.
+    """
+    width = 1 if max(selection, default=0) < len(_DIGITS) else 2
+    digits = (_DIGITS[index // 64] * (width - 1) + _DIGITS[index % 64] for index in selection)
+    return f"{width}{''.join(digits)}" if selection else ""
 
 
 def decode(text: str, keys: int) -> tuple[int, ...]:
-    """What `encode` made."""
-    width = _width(keys)
-    parts = [text[at : at + width] for at in range(0, len(text), width)]
+    """What `encode` made, as far as there are so many keys."""
+    if text[:1] not in {"1", "2"}:
+        return ()
+    width = int(text[0])
+    parts = [text[at : at + width] for at in range(1, len(text), width)]
     indexes = (sum(_DIGITS.index(digit) * 64**power for power, digit in enumerate(reversed(part))) for part in parts)
     return tuple(index for index in indexes if index < keys)
 
 
-def fits(selection: Sequence[int], keys: int) -> bool:
+def fits(selection: Sequence[int]) -> bool:
     """Whether a selection can stand in a `custom_id`."""
-    return len(f"{_VERSION}:share:{2**63}:") + len(encode(selection, keys)) <= _LONGEST_ID
-
-
-def _width(keys: int) -> int:
-    return 1 if keys <= len(_DIGITS) else 2
+    return len(f"{_VERSION}:share:{2**63}:{encode(selection)}") <= _LONGEST_ID
 
 
 # Typed answers

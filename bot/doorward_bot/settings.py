@@ -1,9 +1,10 @@
 """The bot's settings, all from the environment. Imports only `errors`."""
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -34,20 +35,46 @@ class Settings(BaseSettings):
     doorward_bot_health_port: int = Field(0, ge=0, le=65535)
     doorward_log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator("discord_token", "doorward_bot_token")
+    @classmethod
+    def _check_token(cls, token: SecretStr) -> SecretStr:
+        value = token.get_secret_value().strip()
+        if not re.fullmatch("[!-~]+", value):  # no header holds anything else
+            raise ValueError("a token is made of visible ASCII characters, without blanks: this is none")
+        return SecretStr(value)
+
     @field_validator("discord_api_base")
     @classmethod
     def _check_base(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if not parts.hostname or parts.scheme not in {"http", "https"} or parts.query or parts.fragment:
+        parts = _split(url)
+        if parts is None or parts.scheme not in {"http", "https"} or parts.query or parts.fragment:
             raise ValueError("it has to be an absolute URL, such as https://discord.com/api/v10")
-        if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
             raise ValueError("the token would go there in clear: it has to be https, but on 127.0.0.1")
         return url.rstrip("/")
+
+    @field_validator("doorward_bot_server")
+    @classmethod
+    def _check_server(cls, server: str) -> str:
+        parts = _split(f"//{server}")
+        if server and (parts is None or not parts.port or parts.netloc != server):
+            raise ValueError("it has to be host:port, such as 127.0.0.1:50051")
+        return server
 
     @property
     def server(self) -> str:
         """The server's address."""
         return self.doorward_bot_server or f"127.0.0.1:{self.doorward_grpc_port}"
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL with a host and, if any, a port, and without a user; None when it is none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts if parts.hostname and "@" not in parts.netloc and not re.search(r"\s", url) else None
 
 
 def _is_loopback(host: str) -> bool:
@@ -59,7 +86,7 @@ def _is_loopback(host: str) -> bool:
 
 def load(environment: dict[str, str]) -> Settings:
     """Raises BotError."""
-    files = {name: _read(path) for name in _MISSING if (path := environment.get(f"{name}_FILE"))}
+    files = {name: _read(f"{name}_FILE", path) for name in _MISSING if (path := environment.get(f"{name}_FILE"))}
     for name in files:
         if environment.get(name):
             raise BotError(f"{name} and {name}_FILE are both set: unset one of them")
@@ -74,12 +101,12 @@ def load(environment: dict[str, str]) -> Settings:
         raise BotError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def _read(path: str) -> str:
+def _read(variable: str, path: str) -> str:
     try:
-        text = Path(path).read_text().strip()
+        text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text"
-        raise BotError(f"cannot read {path}: {reason}") from None
+        raise BotError(f"{variable}: cannot read {path}: {reason}") from None
     if not text:
-        raise BotError(f"{path} is empty: it has to hold a token")
+        raise BotError(f"{variable}: {path} is empty: it has to hold a token")
     return text

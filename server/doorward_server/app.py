@@ -30,7 +30,7 @@ from doorward_server.clock import Clock
 from doorward_server.consents import DEADLINE, Consents, Limits
 from doorward_server.crypto import KeyRing
 from doorward_server.database import Database, open_database
-from doorward_server.delivery import DELIVERY, Deliveries, Schedule
+from doorward_server.delivery import DELIVERY, STRANGERS, Deliveries, Schedule
 from doorward_server.discord_users import DiscordUsers
 from doorward_server.errors import OperatorError
 from doorward_server.failures import FailureLimit
@@ -223,7 +223,11 @@ class App:
         """The way out to applications, with an allow list of its own."""
         callbacks, threads = self.settings.callbacks, self.settings.jobs.threads
         bulkhead = Bulkhead(
-            threads=max(2, threads * 2), outbound=threads, per_provider=callbacks.per_host, waiting=threads
+            threads=max(2, threads * 2),
+            outbound=threads,
+            per_provider=callbacks.per_host,
+            waiting=threads,
+            peers={STRANGERS: threads - threads // 4},
         )
         return Outbound(
             allow=callbacks.allow,
@@ -246,6 +250,7 @@ class App:
             callbacks=self.callback_outbound,
             schedule=Schedule(callbacks.schedule),
             timeouts=Timeouts(callbacks.connect_timeout, callbacks.timeout, callbacks.timeout),
+            log=self.log,
         )
 
     @cached_property
@@ -274,10 +279,11 @@ class App:
             self.jobs,
             {
                 REVOCATION: outside(self.integrations.revoke_at_provider),
-                DEADLINE: outside(self.consents.end),
+                DEADLINE: self.consents.end,
                 DELIVERY: self.deliveries.begin,
             },
             when_abandoned={DELIVERY: self.deliveries.abandon},
+            quick=(DEADLINE,),
             retry=RetryPolicy(jobs.schedule),
             lease=timedelta(seconds=jobs.lease),
             poll=jobs.poll,

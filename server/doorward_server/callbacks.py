@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from urllib.parse import quote, unquote_to_bytes
 
@@ -133,6 +134,15 @@ def name_key(name: str) -> str:
     folded = unicodedata.normalize("NFKC", clean_name(name)).casefold()
     visible = "".join(character for character in folded if unicodedata.category(character) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", _INVISIBLE.sub("", visible)).casefold().split())
+
+
+@lru_cache(maxsize=1024)
+def host_of(url: str) -> str:
+    """The host of a stored callback, one however it is spelled; of what was stored by other rules, all of it."""
+    try:
+        return Callback.parse(url).host
+    except InvalidCallback:
+        return url
 
 
 def _host(name: str) -> str:

@@ -19,7 +19,7 @@ from doorward_server.api_keys import ApiKeys, ListedKey
 from doorward_server.applications import Applications, Registered
 from doorward_server.audit import Audit
 from doorward_server.bell import Bell
-from doorward_server.callbacks import Callback, InvalidCallback, clean_name
+from doorward_server.callbacks import Callback, InvalidCallback, clean_name, host_of, name_key
 from doorward_server.clock import Clock
 from doorward_server.database import Database
 from doorward_server.delivery import Deliveries
@@ -122,6 +122,13 @@ class Leased(NamedTuple):
     keys: list[ListedKey]
 
 
+class Resolved(NamedTuple):
+    """How a request ended, and the ids of those that ended with this call."""
+
+    status: Status
+    ids: list[int]
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much one may ask; 0: no limit."""
@@ -155,11 +162,13 @@ class Consents:
     def request(self, question: Question, caller: Registered | None, address: str) -> int:
         """Record a question, durably; returns its id. See RequestApiKey for the errors."""
         name = clean_name(question.name)
-        if not (name and question.user_id and question.callback):
+        if not (name_key(name) and question.user_id and question.callback):
             raise ParameterMissing
         discord_user = parse_snowflake(question.user_id)
         if len(question.callback) > _LONGEST_CALLBACK:
             raise ParameterTooLong
+        # Before a name is looked up, which takes time.
+        self._check_limit(self.limits.requests_per_address, _OF_ADDRESS, (address, self._an_hour_ago()), _HOUR)
         application, host = self._judge_callback(question.callback, caller)
         if len(question.name) > _LONGEST_NAME or len(question.state) > _LONGEST_STATE:
             raise ParameterTooLong
@@ -198,7 +207,7 @@ class Consents:
         for request_id, _prompt, state, *_ in together:
             if state == asking.state:
                 return int(request_id)
-        self._check_limits(asking, now, joins=bool(together))
+        self._check_limits(asking, joins=bool(together))
         deadline = now + self.lifetime
         is_blocked = self.database.execute(_IS_BLOCKED, (asking.discord_user, asking.sender)) is not None
         # Whoever is blocked is not told so, and nobody is asked: it is never leased.
@@ -240,8 +249,8 @@ class Consents:
         self.audit.record(asker, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
         return request_id
 
-    def _check_limits(self, asking: "_Asking", now: datetime, *, joins: bool) -> None:
-        since = to_micros(now - _HOUR)
+    def _check_limits(self, asking: "_Asking", *, joins: bool) -> None:
+        since = self._an_hour_ago()
         if not joins:
             of_kind = (asking.discord_user, asking.application_id is None)
             self._check_limit(self.limits.open_per_user, _PROMPTS, of_kind, self.lifetime)
@@ -249,6 +258,9 @@ class Consents:
         if asking.application_id is not None:
             of_application = (asking.application_id, since)
             self._check_limit(self.limits.requests_per_application, _OF_APPLICATION, of_application, _HOUR)
+
+    def _an_hour_ago(self) -> int:
+        return to_micros(self.clock.now() - _HOUR)
 
     def _check_limit(self, limit: int, sql: str, parameters: Sequence[object], window: timedelta) -> None:
         if not limit:
@@ -304,7 +316,7 @@ class Consents:
             together
         ).execute()
         query = ConsentRequest.select().where(together)
-        return self._with_keys(
+        return self.with_keys(
             query.order_by(
                 ConsentRequest.finished_at.is_null(False), ConsentRequest.finished_at.desc(), ConsentRequest.id
             ).get()
@@ -340,7 +352,7 @@ class Consents:
         *,
         actor: str,
         closes_within: timedelta = timedelta(),
-    ) -> Status:
+    ) -> "Resolved":
         """Record an outcome for all open requests that share the prompt, even when the given one is over.
 
         When all of them are, their outcome stays, and is returned. The caller has `closes_within` to close the
@@ -350,19 +362,18 @@ class Consents:
             request = self.get(request_id)
             together = self._open_together(request)
             if not together:
-                return Status(request.status)
+                return Resolved(Status(request.status), [])
             if outcome is Status.GRANTED:
                 self._require_keys(request.discord_user, key_ids)
             for one in together:
                 self._finish(one, outcome, key_ids, actor, closes_within)
-            return outcome
+            return Resolved(outcome, [one.id for one in together])
 
     def end(self, payload: Payload) -> None:
-        """The job at a request's deadline."""
-        with self.database.writing():
-            request = ConsentRequest.get_or_none(ConsentRequest.id == payload["request"])
-            if request is not None and request.finished_at is None:
-                self._finish(request, Status(payload["outcome"]), (), "doorward")
+        """The job at a request's deadline, inside its transaction."""
+        request = ConsentRequest.get_or_none(ConsentRequest.id == payload["request"])
+        if request is not None and request.finished_at is None:
+            self._finish(request, Status(payload["outcome"]), (), "doorward")
 
     def _finish(
         self,
@@ -411,22 +422,17 @@ class Consents:
         raise ConsentRequestNotFound
 
     def latest(
-        self, discord_user: str | None, most: int, *, before: int | None = None, only_prompted: bool = False
-    ) -> list[Leased]:
-        """A user's requests, or all, the latest first; below an id; or only those that wait for the user's answer."""
+        self, discord_user: str | None, most: int, *, before: int | None = None, status: Status | None = None
+    ) -> list[ConsentRequest]:
+        """A user's requests, or all, the latest first; or only those below an id, or that stand so."""
         query = ConsentRequest.select().order_by(ConsentRequest.id.desc()).limit(most)
         if discord_user is not None:
             query = query.where(ConsentRequest.discord_user == parse_snowflake(discord_user))
         if before is not None:
             query = query.where(ConsentRequest.id < before)
-        if only_prompted:
-            query = query.where(ConsentRequest.status == Status.PROMPTED)
-        return [self._with_keys(request) for request in self.database.fetch_all(query)]
-
-    def requests_of(self, discord_user: str) -> list[ConsentRequest]:
-        """A user's requests, the latest first, at most a hundred."""
-        query = ConsentRequest.select().where(ConsentRequest.discord_user == parse_snowflake(discord_user))
-        return self.database.fetch_all(query.order_by(ConsentRequest.id.desc()).limit(100))
+        if status is not None:
+            query = query.where(ConsentRequest.status == status)
+        return self.database.fetch_all(query)
 
     def is_prompt_open(self, request: ConsentRequest) -> bool:
         """Whether the user may still answer: for this request, or one that shares its prompt."""
@@ -439,11 +445,17 @@ class Consents:
         )
         return self.database.fetch_all(query.order_by(ConsentRequest.id))
 
-    def _with_keys(self, request: ConsentRequest) -> Leased:
+    def with_keys(self, request: ConsentRequest) -> Leased:
+        """A request, with its user's keys while it is open."""
         user = self.discord_users.find(request.discord_user) if request.finished_at is None else None
         return Leased(request, self.api_keys.list(user) if user else [])
 
     # Sharing
+
+    def granted_keys(self, request_id: int) -> list[int]:
+        """The ids of the keys that a request was granted, in order; less those that were removed since."""
+        query = GrantKey.select().join(Grant).where(Grant.request == request_id).order_by(GrantKey.position)
+        return [row.key_id for row in self.database.fetch_all(query)]
 
     def grants(self, user: User) -> list[tuple[Grant, list[int]]]:
         """What a user shares and has not revoked, with the ids of the keys in order."""
@@ -512,4 +524,4 @@ def _audited(request: ConsentRequest) -> str:
 
 def callback_host(request: ConsentRequest) -> str:
     """Where the keys are sent, for people: the callback's host."""
-    return Callback.parse(request.callback).host
+    return host_of(request.callback)

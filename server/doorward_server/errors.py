@@ -11,7 +11,8 @@
         │                             InvalidService, InvalidLabel, InvalidKey, KeyRejected, InvalidUserId,
         │                             ParameterMissing, ParameterTooLong, CallbackRejected, NameTaken
         ├── FailedPrecondition        ProviderNotConfigured, NeedsReauth, RefreshRejected, TooManyIdentities,
-        │                             TooManyKeys, RequestFinished, DeliveryNotAbandoned
+        │                             TooManyKeys, RequestFinished, DeliveryNotAbandoned,
+        │                             NoKeyLeft
         ├── Unauthenticated           NoSession, NoServiceToken, NoApiClient, NoApplication
         ├── PermissionDenied          SessionRequired, NotSelf, OriginNotAllowed, ServiceTokenRequired,
         │                             RoleRequired, NotYourUser
@@ -216,6 +217,11 @@ class RequestFinished(FailedPrecondition):
 class DeliveryNotAbandoned(FailedPrecondition):
     reason = "DELIVERY_NOT_ABANDONED"
     message = "only an abandoned delivery can be sent again"
+
+
+class NoKeyLeft(FailedPrecondition):
+    reason = "NO_KEY_LEFT"
+    message = "no key of this delivery is left: there is nothing to send"
 
 
 class TooManyKeys(FailedPrecondition):

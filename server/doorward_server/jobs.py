@@ -22,19 +22,25 @@ Payload = dict[str, Any]
 _INSERT = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES (?, x'', ?, 0, ?) RETURNING id"
 _SET_PAYLOAD = "UPDATE jobs SET payload = ? WHERE id = ?"
 _NEXT_DUE = "SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT 1"
+_NEXT_DUE_OF_KIND = "SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT 1"
 _CLAIM = f"""
 UPDATE jobs SET run_at = ?, attempts = attempts + 1
 WHERE id IN (SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ?) RETURNING {Job.columns_sql()}
+"""  # noqa: S608 - constants only
+_CLAIM_OF_KIND = f"""
+UPDATE jobs SET run_at = ?, attempts = attempts + 1
+WHERE id IN (SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT ?) RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
 _FINISH = "DELETE FROM jobs WHERE id = ? AND attempts = ?"
 _PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ? RETURNING id"
 
 
 class PutOff(NamedTuple):
-    """When to try again, and why."""
+    """When to try again, and why; one who only waits for a turn makes no noise."""
 
     delay: timedelta
     reason: str
+    is_turn: bool = False
 
 
 # A handler is called inside a transaction. With nothing more to do, the job is done, or put off, in that transaction.
@@ -86,6 +92,15 @@ class Jobs:
             return []
         parameters = (to_micros(now + lease), to_micros(now), most)
         rows = self.database.write(partial(self.database.execute_all, _CLAIM, parameters))
+        return [Job.from_row(row) for row in rows]
+
+    def claim_of_kind(self, kind: str, lease: timedelta, most: int) -> list[Job]:
+        """As `claim_some`, of one kind."""
+        now = self._clock.now()
+        if self.database.fetch_one(_NEXT_DUE_OF_KIND, (kind, to_micros(now))) is None:
+            return []
+        parameters = (to_micros(now + lease), kind, to_micros(now), most)
+        rows = self.database.write(partial(self.database.execute_all, _CLAIM_OF_KIND, parameters))
         return [Job.from_row(row) for row in rows]
 
     def payload(self, job: Job) -> Payload:

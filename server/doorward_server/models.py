@@ -378,6 +378,8 @@ class Delivery(peewee.Model):
     error = peewee.TextField(null=True)  # unset: keys
     status = peewee.TextField()  # queued, sent or abandoned
     carried_keys = peewee.BooleanField()  # an attempt with keys was made
+    begun = peewee.IntegerField(default=0)  # counts attempts from their beginning, and fences off earlier ones
+    under_way = peewee.BooleanField(default=False)  # one has begun, and it is not on record how it went
     attempts = peewee.IntegerField()
     next_attempt_at = TimeField(null=True)
     created_at = TimeField()

@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LookupTimeout
 from contextvars import ContextVar
@@ -47,6 +47,7 @@ _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215
 _COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, section 2.5.5.1
 _RELAYS = ipaddress.IPv4Network("192.88.99.0/24")  # 6to4 relay anycast, withdrawn by RFC 7526
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the part of it that IANA has given out
+_SPECIAL = ipaddress.IPv4Network("192.0.0.0/24")  # RFC 6890; some Pythons take parts of it for global
 _DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")  # RFC 9637, which older Pythons do not know
 
 
@@ -118,7 +119,7 @@ def is_public(address: IpAddress) -> bool:
             return is_public(embedded)
         if address not in _GLOBAL_UNICAST or address in _DOCUMENTATION:
             return False
-    return address.is_global and not address.is_multicast and address not in _RELAYS
+    return address.is_global and not address.is_multicast and address not in _RELAYS and address not in _SPECIAL
 
 
 def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
@@ -284,8 +285,12 @@ class Bulkhead:
     Never a queue: when a cap is reached, the call is refused with Busy.
     """
 
-    def __init__(self, *, threads: int, outbound: int, per_provider: int, waiting: int) -> None:
+    def __init__(
+        self, *, threads: int, outbound: int, per_provider: int, waiting: int, peers: Mapping[str, int] | None = None
+    ) -> None:
+        """`peers` are those with a cap other than `per_provider`."""
         self._limits = {"outbound": outbound, "waiting": waiting}
+        self._limits |= {f"peer {peer}": cap for peer, cap in (peers or {}).items()}
         self._per_provider = per_provider
         self._total = threads - max(1, threads // 8)
         self._lock = threading.Lock()
@@ -293,9 +298,9 @@ class Bulkhead:
         self._taken: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def requesting(self, provider_id: str) -> Iterator[None]:
-        """Held by a call that makes a request to a provider."""
-        with self._slot("outbound", f"provider {provider_id}"):
+    def requesting(self, *peers: str) -> Iterator[None]:
+        """Held by a call that makes a request to a provider, or whoever else has a cap."""
+        with self._slot("outbound", *(f"peer {peer}" for peer in peers)):
             yield
 
     @contextlib.contextmanager
@@ -338,6 +343,7 @@ class Outbound:
         self._backend = _GuardedBackend(allowed, concurrency)
         # Whoever asks about names that resolve slowly must not hold up requests.
         self._judge = _GuardedBackend(allowed, _JUDGING_LOOKUPS)
+        self._judging = threading.BoundedSemaphore(_JUDGING_LOOKUPS)
         # Transports and no client: they know no redirects, no cookies that could travel with another
         # user's request, and no environment; and a request takes them half of the time.
         tls = _tls(ca_file)
@@ -359,7 +365,7 @@ class Outbound:
         Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable (not HTTP, too), ProviderTimeout,
         or ProviderMalformed (an answer that is too large or does not decode).
         """
-        with self._sending(provider_id, timeouts) as extensions:
+        with self._sending([provider_id], timeouts) as extensions:
             request = httpx.Request(
                 method,
                 httpx.URL(url).copy_merge_params(query) if query else url,
@@ -369,37 +375,54 @@ class Outbound:
             )
             return self._transports.send(request, _answer)
 
-    def post(self, url: str, *, peer: str, timeouts: Timeouts, headers: Mapping[str, str], body: bytes) -> Receipt:
-        """Send a body, and read no more than the head of the answer. `peer` is whose cap counts.
+    def post(
+        self, url: str, *, peers: Sequence[str], timeouts: Timeouts, headers: Mapping[str, str], body: bytes
+    ) -> Receipt:
+        """Send a body, and read no more than the head of the answer. `peers` are whose caps count.
 
         Raises what `request` raises, but for ProviderMalformed.
         """
-        with self._sending(peer, timeouts) as extensions:
+        with self._sending(peers, timeouts) as extensions:
             request = httpx.Request("POST", url, headers={**_HEADERS, **headers}, content=body, extensions=extensions)
             return self._transports.send(request, _receipt)
 
     @contextlib.contextmanager
-    def _sending(self, peer: str, timeouts: Timeouts) -> Iterator[dict[str, Any]]:
+    def _sending(self, peers: Sequence[str], timeouts: Timeouts) -> Iterator[dict[str, Any]]:
         """A slot, a deadline, and failures as ours; yields the request's extensions."""
         token = _deadline.set(time.monotonic() + timeouts.total)
         try:
-            with self.bulkhead.requesting(peer), _failures():
+            with self.bulkhead.requesting(*peers), _failures():
                 yield {"timeout": httpx.Timeout(timeouts.read, connect=timeouts.connect).as_dict()}
         finally:
             _deadline.reset(token)
 
     def may_connect(self, host: str, port: int) -> bool:
-        """Whether requests to a host would be made as its name resolves now; one that does not resolve may later."""
+        """Whether requests to a host would be made as its name resolves now; one that does not resolve may later.
+
+        So may one for which there is no time: too many look up names that resolve slowly.
+        """
+        if not _is_address(host) and not self._judging.acquire(blocking=False):
+            return True
         token = _deadline.set(time.monotonic() + _JUDGING_SECONDS)
         try:
             return self._judge.may_connect(host, port)
         finally:
             _deadline.reset(token)
+            if not _is_address(host):
+                self._judging.release()
 
     def close(self) -> None:
         self._transports.close()
         self._backend.close()
         self._judge.close()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _answer(response: httpx.Response) -> Answer:

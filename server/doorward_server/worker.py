@@ -22,6 +22,7 @@ Step = Callable[[], Action | PutOff | None]
 
 # Seconds. With all threads busy, to end several jobs at once is worth to wait so long.
 _LINGER = 0.01
+_QUICK_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Worker:
         handlers: Mapping[str, Handler],
         *,
         when_abandoned: Mapping[str, Callable[[Payload], None]] = MappingProxyType({}),
+        quick: Sequence[str] = (),
         retry: RetryPolicy,
         lease: timedelta,
         poll: float,
@@ -68,6 +70,8 @@ class Worker:
         self._handlers = handlers
         # Told of a job that is given up, inside the transaction that says so.
         self._when_abandoned = when_abandoned
+        # Kinds that need no thread to act: they do not wait for one.
+        self._quick = quick
         self._retry = retry
         self._lease = lease
         self._poll = poll
@@ -122,7 +126,12 @@ class Worker:
         self._end(attempts)
 
     def _start_jobs(self) -> None:
-        if self._stopping.is_set() or not self._free:
+        if self._stopping.is_set():
+            return
+        for kind in self._quick:
+            while jobs := self._jobs.claim_of_kind(kind, self._lease, _QUICK_AT_ONCE):
+                self._open(jobs)
+        if not self._free:
             return
         jobs = self._jobs.claim_some(self._lease, self._free)
         are_more = len(jobs) == self._free
@@ -146,7 +155,8 @@ class Worker:
         self._step([(attempt.job, attempt.end) for attempt in attempts if attempt.failure is None])
         for attempt in attempts:
             if attempt.failure is not None:
-                self._fail(attempt.job, attempt.failure)
+                with self._logged_failures():
+                    self._fail(attempt.job, attempt.failure)
 
     def _step(self, steps: Sequence[tuple[Job, Step]]) -> list[tuple[Job, Action]]:
         """Take a step of each of the jobs, all in one transaction; returns the actions that come of them."""
@@ -156,7 +166,8 @@ class Worker:
         actions = []
         for (job, _), change in zip(steps, changes, strict=True):
             if change.failure is not None:
-                self._fail(job, change.failure)
+                with self._logged_failures():
+                    self._fail(job, change.failure)
             elif callable(outcome := change.outcome()):
                 actions.append((job, outcome))
             else:
@@ -205,8 +216,9 @@ class Worker:
         told = {"job_id": job.id, "kind": job.kind, "attempts": job.attempts}
         if later is None:
             self._log.info("job done", **told)
-        else:
-            self._log.warning("job put off", **told, reason=later.reason, seconds=later.delay.total_seconds())
+            return
+        tell = self._log.debug if later.is_turn else self._log.warning
+        tell("job put off", **told, reason=later.reason, seconds=later.delay.total_seconds())
 
     @contextlib.contextmanager
     def _logged_failures(self) -> Iterator[None]:

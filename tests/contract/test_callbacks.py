@@ -328,10 +328,10 @@ FAILURES = [
     pytest.param({"status": 404}, "404", id="404"),
     pytest.param({"status": 500}, "500", id="500"),
     pytest.param({"status": 503, "headers": {"retry-after": "0"}}, "503", id="503"),
-    pytest.param({"kind": "hang"}, "PROVIDER_TIMEOUT", id="hang"),
-    pytest.param({"kind": "trickle_headers"}, "PROVIDER_TIMEOUT", id="trickle"),
-    pytest.param({"kind": "cut"}, "PROVIDER_UNAVAILABLE", id="close early"),
-    pytest.param({"kind": "not_http"}, "PROVIDER_UNAVAILABLE", id="garbage"),
+    pytest.param({"kind": "hang"}, "TIMEOUT", id="hang"),
+    pytest.param({"kind": "trickle_headers"}, "TIMEOUT", id="trickle"),
+    pytest.param({"kind": "cut"}, "NO_ANSWER", id="close early"),
+    pytest.param({"kind": "not_http"}, "NO_ANSWER", id="garbage"),
 ]
 
 

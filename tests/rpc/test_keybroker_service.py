@@ -1129,7 +1129,7 @@ def test_nobody_there_is_no_status(
     resolve(bot, other_application.ask(user), "canceled")
     work(house)
     [delivery] = deliveries(operator)
-    assert [(attempt.status, attempt.error) for attempt in delivery.attempts] == [(0, "PROVIDER_UNAVAILABLE")]
+    assert [(attempt.status, attempt.error) for attempt in delivery.attempts] == [(0, "NOT_CONNECTABLE")]
     assert delivery.status == pb.DELIVERY_STATUS_QUEUED
 
 

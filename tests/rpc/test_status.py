@@ -75,6 +75,7 @@ ERRORS: dict[type[CallError], tuple[str, str]] = {
     errors.NameTaken: ("INVALID_ARGUMENT", "INVALID_APPLICATION_NAME"),
     errors.RequestFinished: ("FAILED_PRECONDITION", "REQUEST_FINISHED"),
     errors.DeliveryNotAbandoned: ("FAILED_PRECONDITION", "DELIVERY_NOT_ABANDONED"),
+    errors.NoKeyLeft: ("FAILED_PRECONDITION", "NO_KEY_LEFT"),
     errors.TooManyKeys: ("FAILED_PRECONDITION", "TOO_MANY_KEYS"),
     errors.ProviderNotConfigured: ("FAILED_PRECONDITION", "PROVIDER_NOT_CONFIGURED"),
     errors.NeedsReauth: ("FAILED_PRECONDITION", "NEEDS_REAUTH"),

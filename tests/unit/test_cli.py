@@ -153,10 +153,10 @@ def test_init_with_wrong_settings_can_be_repeated_with_right_ones(tmp_path: Path
     [
         pytest.param("{folder}/missing.toml", "strict", "cannot read {source}: No such file", id="missing"),
         pytest.param("{folder}", "strict", "cannot read {source}: Is a directory", id="directory"),
-        pytest.param("{folder}/binary.toml", "strict", "{source} is not a text file", id="binary"),
-        pytest.param("-", "strict", "- is not a text file", id="binary stdin"),
+        pytest.param("{folder}/binary.toml", "strict", "{source} is not UTF-8 text", id="binary"),
+        pytest.param("-", "strict", "standard input is not UTF-8 text", id="binary stdin"),
         # What Python does with standard input where the locale is C, POSIX or C.UTF-8.
-        pytest.param("-", "surrogateescape", "- is not a text file", id="binary stdin, C locale"),
+        pytest.param("-", "surrogateescape", "standard input is not UTF-8 text", id="binary stdin, C locale"),
     ],
 )
 def test_init_with_settings_that_cannot_be_read(

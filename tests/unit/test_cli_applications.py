@@ -141,9 +141,9 @@ def test_change(home: Path, here: Here, options: tuple[str, ...], changed: dict[
 @pytest.mark.parametrize(
     ("options", "overlaps", "ends"),
     [
-        pytest.param((), True, "before ends 20", id="a day by default"),
-        pytest.param(("--overlap-hours", "0.5"), True, "before ends 20", id="half an hour"),
-        pytest.param(("--overlap-hours", "0"), False, "before ends now", id="at once"),
+        pytest.param((), True, "is valid until 20", id="a day by default"),
+        pytest.param(("--overlap-hours", "0.5"), True, "is valid until 20", id="half an hour"),
+        pytest.param(("--overlap-hours", "0"), False, "has ended", id="at once"),
     ],
 )
 def test_rotate(home: Path, here: Here, options: tuple[str, ...], overlaps: bool, ends: str) -> None:
@@ -151,7 +151,7 @@ def test_rotate(home: Path, here: Here, options: tuple[str, ...], overlaps: bool
     done = here(home, "app", "rotate", one["id"], *options)
     made = printed(done)
     assert made == {"id": one["id"], "secret": made["secret"]}
-    assert done.stderr.startswith(f"the secret {ends}")
+    assert done.stderr.startswith(f"the previous secret {ends}")
     assert lets_in(home, one["id"], one["secret"], made["secret"]) == [overlaps, True]
     assert not in_database(home, made["secret"].removeprefix("das_"))
     again = result(here(home, "app", "rotate", one["id"], *options, "--json"))
@@ -162,8 +162,8 @@ def test_rotate(home: Path, here: Here, options: tuple[str, ...], overlaps: bool
 @pytest.mark.parametrize(
     ("options", "overlaps", "ends"),
     [
-        pytest.param((), True, "before ends 20", id="a day by default"),
-        pytest.param(("--overlap-hours", "0"), False, "before ends now", id="at once"),
+        pytest.param((), True, "is valid until 20", id="a day by default"),
+        pytest.param(("--overlap-hours", "0"), False, "has ended", id="at once"),
     ],
 )
 def test_rotate_signing(home: Path, here: Here, options: tuple[str, ...], overlaps: bool, ends: str) -> None:
@@ -171,7 +171,7 @@ def test_rotate_signing(home: Path, here: Here, options: tuple[str, ...], overla
     done = here(home, "app", "rotate-signing", one["id"], *options)
     made = printed(done)
     assert made == {"id": one["id"], "signing_secret": made["signing_secret"]}
-    assert done.stderr.startswith(f"the signing secret {ends}")
+    assert done.stderr.startswith(f"the previous signing secret {ends}")
     old = [one["signing_secret"]] if overlaps else []
     assert signs_with(home, one["id"]) == [made["signing_secret"], *old]
     again = result(here(home, "app", "rotate-signing", one["id"], *options, "--json"))

@@ -110,9 +110,11 @@ def test_clients_are_listed_as_a_table_and_as_json(home: Path, here: Here) -> No
 @pytest.mark.parametrize(
     ("options", "valid", "ends"),
     [
-        pytest.param((), [True, True], "the secret before ends 20", id="a day by default"),
-        pytest.param(("--overlap-hours", "0.5"), [True, True], "the secret before ends 20", id="half an hour"),
-        pytest.param(("--overlap-hours", "0"), [False, True], "the secret before ends now", id="at once"),
+        pytest.param((), [True, True], "the previous secret is valid until 20", id="a day by default"),
+        pytest.param(
+            ("--overlap-hours", "0.5"), [True, True], "the previous secret is valid until 20", id="half an hour"
+        ),
+        pytest.param(("--overlap-hours", "0"), [False, True], "the previous secret has ended", id="at once"),
     ],
 )
 def test_rotate(home: Path, here: Here, options: tuple[str, ...], valid: list[bool], ends: str) -> None:
@@ -275,7 +277,7 @@ def test_an_end_at_the_prompt_adds_nothing(home: Path, here: Here) -> None:
         ),
         pytest.param(Source(STDIN), ("the client secret is empty",), id="empty standard input"),
         pytest.param(Source(STDIN, b"\n"), ("the client secret is empty",), id="newline alone"),
-        pytest.param(Source(STDIN, b"\xff\xfe"), ("--client-secret-file: - is not a text file",), id="binary input"),
+        pytest.param(Source(STDIN, b"\xff\xfe"), ("standard input is not UTF-8 text",), id="binary input"),
         pytest.param(
             Source(("--client-secret-file", "{folder}/none")),
             ("--client-secret-file", "{folder}/none", "No such file"),
@@ -288,7 +290,7 @@ def test_an_end_at_the_prompt_adds_nothing(home: Path, here: Here) -> None:
         ),
         pytest.param(
             Source(("--client-secret-file", "{folder}/binary")),
-            ("--client-secret-file", "{folder}/binary is not a text file"),
+            ("--client-secret-file", "{folder}/binary is not UTF-8 text"),
             id="binary file",
         ),
     ],

@@ -114,7 +114,7 @@ def test_with_nobody_to_ask(home: Path, here: Here) -> None:
         pytest.param(b"hunter2\r\n", ("the key has to be",), id="carriage return"),
         pytest.param(b"hunter2 sekret", ("the key has to be",), id="blank"),
         pytest.param(b"hunter2" * 1000, ("4096",), id="long"),
-        pytest.param(b"hunter2\xff", ("--value-stdin", "not a text file"), id="not UTF-8"),
+        pytest.param(b"hunter2\xff", ("--value-stdin", "not UTF-8 text"), id="not UTF-8"),
     ],
 )
 def test_what_is_no_key(home: Path, here: Here, stdin: bytes, parts: tuple[str, ...]) -> None:

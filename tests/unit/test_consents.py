@@ -68,7 +68,7 @@ class World:
         return [self.app.api_keys.add(user, "game", "Key", value, actor="test").id for value in values]
 
     def resolve(self, request_id: int, outcome: Status, *key_ids: int) -> Status:
-        return self.consents.resolve(request_id, outcome, key_ids, actor="test")
+        return self.consents.resolve(request_id, outcome, key_ids, actor="test").status
 
     def status(self, request_id: int) -> str:
         status: str = self.consents.get(request_id).status
@@ -85,7 +85,8 @@ class World:
         """Do the deadline jobs that are due, and leave the deliveries alone."""
         now = self.clock.now()
         for job in self.app.database.fetch_all(Job.select().where(Job.kind == "consent-deadline", Job.run_at <= now)):
-            self.consents.end(self.app.jobs.payload(job))
+            with self.app.database.writing():
+                self.consents.end(self.app.jobs.payload(job))
             Job.delete().where(Job.id == job.id).execute()
 
     def told(self, request_id: int) -> list[str | None]:
@@ -147,7 +148,8 @@ def move_to(world: World, request_id: int, status: Status) -> None:
         case Status.GRANTED:
             world.resolve(request_id, status, *world.add_keys(f"other-{request_id}"))
         case Status.TIMED_OUT:
-            world.consents.end({"request": request_id, "outcome": status})
+            with world.app.database.writing():
+                world.consents.end({"request": request_id, "outcome": status})
         case _:
             world.resolve(request_id, status)
 
@@ -225,7 +227,8 @@ def test_nobody_s_request(world: World) -> None:
     ):
         with pytest.raises(ConsentRequestNotFound):
             ask()
-    world.consents.end({"request": 7, "outcome": "timed_out"})
+    with world.app.database.writing():
+        world.consents.end({"request": 7, "outcome": "timed_out"})
 
 
 # Deadlines
@@ -495,6 +498,7 @@ def test_strangers_may_be_kept_out(
     [
         pytest.param({"name": "reGIStered "}, NameTaken, id="name of another"),
         pytest.param({"name": "\u202e"}, ParameterMissing, id="name of nothing"),
+        pytest.param({"name": "\u200b \u2060"}, ParameterMissing, id="name of nothing visible"),
     ],
 )
 def test_what_is_refused_leaves_nothing(world: World, changes: dict[str, str], refusal: type[CallError]) -> None:

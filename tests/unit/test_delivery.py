@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from urllib.parse import parse_qsl
 
 import pytest
 
+from doorward_server.applications import Registered
 from doorward_server.clock import Clock
 from doorward_server.consents import Status
-from doorward_server.delivery import Schedule
-from doorward_server.errors import DeliveryNotAbandoned, DeliveryNotFound
-from doorward_server.jobs import Action, PutOff
+from doorward_server.delivery import Deliveries, Paces, Schedule
+from doorward_server.errors import DeliveryNotAbandoned, DeliveryNotFound, NoKeyLeft
+from doorward_server.jobs import Action, Ending, PutOff
 from doorward_server.models import AuditEvent, ConsentRequest, Delivery, DeliveryAttempt, Job
 from tests.processes import await_condition
 from tests.unit.conftest import StoppedClock
@@ -329,10 +331,11 @@ def test_none_left_after_keys_went_out(application: Application, way: str) -> No
     application.work()
     assert [received.keys for received in application.received] == [["key-1"]]
     assert state_of(delivery)[0] == "abandoned"
-    application.world.app.deliveries.redeliver(delivery.id, actor="test")
-    application.work()
+    log = application.world.app.deliveries.attempts(delivery.id)
+    assert [(attempt.status, attempt.error) for attempt in log] == [(500, None), (None, "NO_KEY_LEFT")]
+    with pytest.raises(NoKeyLeft):
+        application.world.app.deliveries.redeliver(delivery.id, actor="test")
     assert len(application.received) == 1
-    assert state_of(delivery)[0] == "abandoned"
 
 
 def test_once_an_error_always_an_error(application: Application) -> None:
@@ -356,9 +359,95 @@ def test_waiting_for_a_turn_sends_nothing(make_application: Callable[..., Applic
         application.work()
     assert (application.received, state_of(delivery)) == ([], ("queued", 0, True))
     take_away(application, "removed", key_id)
-    application.world.clock.advance(timedelta(seconds=1))
+    application.world.clock.advance(timedelta(seconds=2))
     application.work()
     assert [received.error for received in application.received] == ["user canceled"]
+
+
+def test_what_was_opened_long_ago_is_not_sent(application: Application) -> None:
+    """The machine slept, or the process was stopped: what may be shared is found out anew."""
+    [key_id] = application.world.add_keys("key-1")
+    delivery = application.deliver(Status.GRANTED, key_id)
+    app = application.world.app
+    forgetful = replace(app.deliveries, fresh=0.0)
+    action = app.database.write(lambda: forgetful.begin({"delivery": delivery.id}))
+    assert callable(action)
+    ending = action()
+    assert ending is not None
+    assert app.database.write(ending) is not None
+    assert (application.received, state_of(delivery)) == ([], ("queued", 0, True))
+    take_away(application, "removed", key_id)
+    application.work()
+    assert [received.error for received in application.received] == ["user canceled"]
+
+
+def test_a_late_attempt_that_sent_nothing_undoes_nothing(application: Application) -> None:
+    """Another worker has sent the keys meanwhile: an error would contradict them."""
+    [key_id] = application.world.add_keys("key-1")
+    delivery = application.deliver(Status.GRANTED, key_id)
+    app = application.world.app
+
+    def begin(deliveries: Deliveries) -> Ending:
+        action = app.database.write(lambda: deliveries.begin({"delivery": delivery.id}))
+        assert callable(action)
+        ending = action()
+        assert ending is not None
+        return ending
+
+    late = begin(replace(app.deliveries, fresh=0.0))
+    begin(app.deliveries)  # this worker dies before it records its attempt
+    app.database.write(late)
+    take_away(application, "removed", key_id)
+    application.work()
+    assert [(received.keys, received.error) for received in application.received] == [(["key-1"], None)]
+    assert state_of(delivery)[0] == "abandoned"
+    events = [event.details for event in AuditEvent.select().where(AuditEvent.action == "keys.sent")]
+    assert events == [{"status": "unknown"}] * 2
+
+
+@pytest.mark.parametrize(("status", "ends"), [(200, "sent"), (410, "abandoned"), (500, "abandoned")])
+def test_what_a_late_attempt_may_still_say(application: Application, status: int, ends: str) -> None:
+    """That the delivery was sent, but not that it was not."""
+    delivery = application.deliver()
+    app = application.world.app
+    application.answer(status)
+    action = app.database.write(lambda: app.deliveries.begin({"delivery": delivery.id}))
+    assert callable(action)
+    ending = action()
+    assert ending is not None
+    application.answer(410)
+    application.work()
+    assert state_of(delivery)[0] == "abandoned"
+    app.database.write(ending)
+    assert (state_of(delivery)[0], state_of(delivery)[2]) == (ends, False)
+
+
+def test_a_disabled_application_hears_nothing(make_application: Callable[..., Application]) -> None:
+    """Until it is enabled again."""
+    application = make_application()
+    app = application.world.app
+    made = app.applications.create("Registered", [f"{application.peer.url}/registered"])
+    caller = Registered(made.application.id)
+    request_id = application.world.ask(caller, callback=f"{application.peer.url}/registered/cb")
+    app.applications.enable(made.application.id, enabled=False)
+    application.world.resolve(request_id, Status.CANCELED)
+    application.work()
+    application.world.clock.advance(timedelta(minutes=10))
+    application.work()
+    assert application.received == []
+    app.applications.enable(made.application.id, enabled=True)
+    application.world.clock.advance(timedelta(minutes=1))
+    application.work()
+    assert [received.error for received in application.received] == ["user canceled"]
+
+
+def test_a_turn_takes_as_long_as_the_host(clock: StoppedClock) -> None:
+    paces = Paces()
+    for seconds, expected in ((None, 1.0), (0.001, 0.2), (8.0, 8.0)):
+        if seconds is not None:
+            paces.note("example.com", seconds)
+        turns = [paces.turn("example.com").total_seconds() for _ in range(100)]
+        assert expected / 2 <= min(turns) < max(turns) <= expected * 1.5
 
 
 def test_keys_sent_are_on_record(application: Application) -> None:
@@ -484,7 +573,7 @@ def test_forbidden_addresses_are_not_connected_to(application: Application, list
     application.work()
     assert not listener.saw_somebody
     [attempt] = DeliveryAttempt.select()
-    assert (attempt.status, attempt.error) == (None, "PROVIDER_UNAVAILABLE")
+    assert (attempt.status, attempt.error) == (None, "NOT_CONNECTABLE")
     assert attempt.milliseconds < 1000
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -231,10 +231,11 @@ def test_retry_policy(schedule: tuple[float, ...], attempts: int, seconds: float
 # Workers
 
 
-def make_worker(jobs: Jobs, handlers: dict[str, Handler], threads: int = 1) -> Worker:
+def make_worker(jobs: Jobs, handlers: dict[str, Handler], threads: int = 1, quick: Sequence[str] = ()) -> Worker:
     return Worker(
         jobs,
         handlers,
+        quick=quick,
         retry=RetryPolicy(SCHEDULE),
         lease=LEASE,
         poll=0.01,
@@ -448,6 +449,27 @@ def test_no_more_jobs_at_once_than_threads(jobs: Jobs, database: Database, threa
     assert set(done.values()) == {1}
     assert 1 <= most <= threads
     assert rows(database) == []
+
+
+def test_a_quick_job_waits_for_no_thread(jobs: Jobs, database: Database) -> None:
+    begun, may_end, done = threading.Event(), threading.Event(), threading.Event()
+
+    def hang(_: Payload) -> None:
+        begun.set()
+        may_end.wait(10)
+
+    handlers: dict[str, Handler] = {"hang": outside(hang), "greet": lambda _: done.set()}
+    for _ in range(3):
+        queue(jobs, database, kind="hang")
+    with started(make_worker(jobs, handlers, quick=["greet"])):
+        try:
+            assert begun.wait(10)
+            for _ in range(50):
+                queue(jobs, database)
+            assert done.wait(10)
+            await_condition(lambda: {row["kind"] for row in rows(database)} == {"hang"}, "all quick jobs")
+        finally:
+            may_end.set()
 
 
 def test_a_job_that_heals_is_done(jobs: Jobs, database: Database, clock: StoppedClock) -> None:

@@ -130,6 +130,10 @@ SLACK = 2.0
         ("4000::1", False),
         ("8000::1", False),
         ("::ffff:0:7f00:1", False),
+        # Special purposes (RFC 6890), which Pythons judge differently
+        ("192.0.0.8", False),
+        ("192.0.0.192", False),
+        ("192.0.1.1", True),
         # Documentation (RFC 9637), which Python knows since 3.12.8 and 3.13.1
         ("3fff::1", False),
     ],
@@ -697,7 +701,7 @@ def test_a_ca_file_that_cannot_be_read_is_named(case: str, tmp_path: Path) -> No
 
 def post(outbound: Outbound, url: str, timeouts: Timeouts = AMPLE, body: bytes = b"a=1", peer: str = "app") -> Receipt:
     headers = {"content-type": "application/x-www-form-urlencoded", "webhook-id": "msg_1"}
-    return outbound.post(url, peer=peer, timeouts=timeouts, headers=headers, body=body)
+    return outbound.post(url, peers=[peer], timeouts=timeouts, headers=headers, body=body)
 
 
 def test_what_is_posted() -> None:

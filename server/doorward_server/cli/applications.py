@@ -22,9 +22,13 @@ from doorward_server.errors import OperatorError
 from doorward_server.models import Application
 
 cli = typer.Typer(
-    help="Applications: programs that may ask users for their API keys under a name of their own.", **HELP
+    help="Applications: programs that may ask users for their API keys under a name of their own. None is ever "
+    "removed, so that nobody else gets its name or its prefixes: disable it.",
+    **HELP,
 )
-ApplicationId = Annotated[str, typer.Argument(metavar="ID", help="The application's id; see `doorward app list`.")]
+ApplicationId = Annotated[
+    str, typer.Argument(metavar="APPLICATION_ID", help="The application's id; see `doorward app list`.")
+]
 
 
 @cli.command(epilog="Example: doorward app create --name 'My super bot' --callback-prefix https://example.com/callback")
@@ -40,7 +44,7 @@ def create(
         ),
     ],
     callback_format: Annotated[
-        CallbackFormat, typer.Option("--format", help="What the callbacks carry: an HTML form or JSON.")
+        CallbackFormat, typer.Option("--format", help="What the callbacks carry: form fields or JSON.")
     ] = "form",
     as_json: Json = False,
 ) -> None:
@@ -96,7 +100,7 @@ def change(  # noqa: PLR0917 - an option for each setting
 def rotate(
     ctx: typer.Context, application_id: ApplicationId, overlap_hours: OverlapHours = 24, as_json: Json = False
 ) -> None:
-    """Make a new secret and print it; it is shown only this once. The one before the last ends at once."""
+    """Make a new secret and print it; it is shown only this once. An older one still in its overlap ends at once."""
     app = app_of(ctx)
     overlap = timedelta(hours=overlap_hours)
     secret = app.applications.rotate(application_id, overlap)
@@ -109,7 +113,7 @@ def rotate_signing(
 ) -> None:
     """Make a new signing secret and print it; it is shown only this once.
 
-    For the overlap, callbacks carry a signature by the secret before, too. The one before the last ends at once.
+    For the overlap, callbacks carry a signature by the previous secret, too. An older one still in its overlap ends.
     """
     app = app_of(ctx)
     overlap = timedelta(hours=overlap_hours)
@@ -120,7 +124,10 @@ def rotate_signing(
 
 @cli.command(epilog="Example: doorward app disable app_0123456789abcdef")
 def disable(ctx: typer.Context, application_id: ApplicationId, as_json: Json = False) -> None:
-    """Refuse an application's calls from now on. Its name and its prefixes stay its own."""
+    """Refuse an application's calls from now on, and send it nothing more.
+
+    Its name and its prefixes stay its own. What it has asked goes on; the answers wait until it is enabled again.
+    """
     app_of(ctx).applications.enable(application_id, enabled=False)
     print_done("disabled application", application_id, as_json=as_json)
 
@@ -148,6 +155,8 @@ def token(
     """
     app = app_of(ctx)
     application = app.applications.get(application_id)
+    if not application.enabled:
+        raise OperatorError(f"the application is disabled: `doorward app enable {application_id}` enables it")
     made, value = app.service_tokens.create(
         (), application.name, timedelta(days=days) if days else None, application_id
     )

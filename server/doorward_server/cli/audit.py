@@ -1,6 +1,5 @@
 """`doorward audit`."""
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from doorward_server.audit import Audit, Verdict
-from doorward_server.cli.base import HELP, Json, app_of, print_json, print_list
+from doorward_server.cli.base import HELP, Before, Json, app_of, print_json, print_list
 from doorward_server.errors import OperatorError
 from doorward_server.models import AuditEvent
 
@@ -25,16 +24,12 @@ def list_events(  # noqa: PLR0917 - an option for each column
     subject: Annotated[str | None, typer.Option(help="Only what was done to this one, such as user:7.")] = None,
     action: Annotated[str | None, typer.Option(help="Only this, such as user.deleted.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=10_000)] = 50,
-    before: Annotated[
-        int | None, typer.Option(help="Only those before the event with this id: the next page.", min=1, max=2**63 - 1)
-    ] = None,
+    before: Before = None,
     as_json: Json = False,
 ) -> None:
     """List the newest events, newest first. Reads of access tokens come up to two minutes later."""
     events = app_of(ctx).audit.list(limit, before=before, actor=actor, subject=subject, action=action)
     rows = [_event(event) for event in events]
-    if not as_json:
-        rows = [{**row, "details": json.dumps(row["details"], ensure_ascii=False)} for row in rows]
     print_list(rows, _COLUMNS, as_json=as_json)
 
 

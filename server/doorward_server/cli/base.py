@@ -1,6 +1,7 @@
 """What every command needs: the app, the common options, and how results are shown."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -18,10 +19,17 @@ from doorward_server.errors import OperatorError
 
 HELP: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "no_args_is_help": True}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+# What a row's id may be: larger numbers are no ids in any database.
+ROW_ID: Any = {"min": 1, "max": 2**63 - 1}
+Before = Annotated[int | None, typer.Option(help="Only those before the one with this id: the next page.", **ROW_ID)]
+Limit = Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
 OverlapHours = Annotated[
-    float, typer.Option(help="Hours that the secret before stays in use; 0: it ends at once.", min=0, max=8760)
+    float, typer.Option(help="Hours that the previous secret stays valid; 0: it ends at once.", min=0, max=8760)
 ]
+_PIPE_WIDTH = 10_000
+# A time of ours, which people need not read to the microsecond: always UTC.
+_ISO = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}\+00:00")
 UserHandle = Annotated[str, typer.Argument(metavar="USER", help="The user's id or slug.")]
 
 
@@ -35,9 +43,14 @@ def iso(time: datetime | None) -> str | None:
     return time.isoformat(timespec="seconds") if time else None
 
 
+def has_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def confirm(question: str) -> None:
     """Go on only if whoever sits at the terminal says so."""
-    if not sys.stdin.isatty():
+    if not has_terminal():
         raise OperatorError("there is nobody to ask: give --yes, or run this in a terminal")
     if not Confirm.ask(question, console=Console(stderr=True), default=False):
         raise typer.Exit(1)
@@ -62,7 +75,8 @@ def print_rotated(app: App, owner_id: str, what: str, secret: str, overlap: time
         print_json({"id": owner_id, what: secret, f"old_{what}_expires": until})
     else:
         typer.echo(f"id: {owner_id}\n{what}: {secret}")
-        typer.echo(f"the {what.replace('_', ' ')} before ends {until if overlap else 'now'}", err=True)
+        ends = f"is valid until {until}" if overlap else "has ended"
+        typer.echo(f"the previous {what.replace('_', ' ')} {ends}", err=True)
 
 
 def print_list(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_json: bool) -> None:
@@ -70,10 +84,13 @@ def print_list(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_
     if as_json:
         print_json(list(rows))
         return
-    table = Table(*(Column(column.replace("_", " "), overflow="fold") for column in columns))
+    console = Console()
+    # Into a pipe goes a line for each row, whatever its width.
+    look: Any = {} if console.is_terminal else {"box": None, "pad_edge": False}
+    table = Table(*(Column(column.replace("_", " "), overflow="fold") for column in columns), **look)
     for row in rows:
         table.add_row(*(Text(_cell(row[column])) for column in columns))
-    Console().print(table)
+    console.print(table, width=None if console.is_terminal else _PIPE_WIDTH, crop=False)
 
 
 def print_one(row: Mapping[str, Any], *, as_json: bool) -> None:
@@ -88,13 +105,15 @@ def print_one(row: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, str) and _ISO.fullmatch(value):
+        return value[:19].replace("T", " ")
     match value:
         case None | [] | "":
             return "-"
         case bool():
             return "yes" if value else "no"
         case list():
-            return "\n".join(map(_cell, value)) if isinstance(value[0], dict) else ", ".join(value)
+            return ("\n" if isinstance(value[0], dict) else ", ").join(map(_cell, value))
         case dict():
             return (
                 "-"

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from doorward_server.cli.base import HELP, Json, app_of, iso, print_done, print_json, print_list
+from doorward_server.cli.base import HELP, ROW_ID, Json, app_of, iso, print_done, print_json, print_list
 from doorward_server.models import ServiceToken, Session
 from doorward_server.service_tokens import Role
 
 session_cli = typer.Typer(help="What a browser's cookie stands for.", **HELP)
-token_cli = typer.Typer(help="Service tokens: what backends and the bot present on the gRPC port.", **HELP)
+token_cli = typer.Typer(help="Service tokens: what backends, applications and the bot present over gRPC.", **HELP)
 
 
 @session_cli.command("create", epilog="Example: COOKIE=$(doorward session create --user ada)")
@@ -47,7 +47,9 @@ def list_sessions(
 @session_cli.command("revoke", epilog="Example: doorward session revoke 3")
 def revoke_session(
     ctx: typer.Context,
-    session_id: Annotated[int, typer.Argument(help="Its id.")],
+    session_id: Annotated[
+        int, typer.Argument(metavar="SESSION_ID", help="The session's id; see `doorward session list`.", **ROW_ID)
+    ],
     as_json: Json = False,
 ) -> None:
     """End a session at once."""
@@ -80,14 +82,16 @@ def create_token(
 def list_tokens(ctx: typer.Context, as_json: Json = False) -> None:
     """List the service tokens that were not revoked."""
     tokens = app_of(ctx).service_tokens.list()
-    columns = ("id", "name", "roles", "created", "expires", "last_used")
+    columns = ("id", "name", "roles", "application", "created", "expires", "last_used")
     print_list([_token(token) for token in tokens], columns, as_json=as_json)
 
 
 @token_cli.command("revoke", epilog="Example: doorward token revoke 2")
 def revoke_token(
     ctx: typer.Context,
-    token_id: Annotated[int, typer.Argument(help="Its id.")],
+    token_id: Annotated[
+        int, typer.Argument(metavar="TOKEN_ID", help="The token's id; see `doorward token list`.", **ROW_ID)
+    ],
     as_json: Json = False,
 ) -> None:
     """End a service token at once."""

@@ -13,11 +13,16 @@ from doorward_server.errors import OperatorError
 def read_text(path: Path, option: str) -> str:
     """The text of a file that an option names; `-` is standard input."""
     try:
-        return (sys.stdin.buffer.read if str(path) == "-" else path.read_bytes)().decode()
+        if str(path) != "-":
+            return path.read_bytes().decode()
+        if sys.stdin is None:
+            raise OperatorError(f"{option}: standard input is closed")
+        return sys.stdin.buffer.read().decode()
     except OSError as error:
         raise OperatorError(f"{option}: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise OperatorError(f"{option}: {path} is not a text file") from None
+        what = "standard input" if str(path) == "-" else path
+        raise OperatorError(f"{option}: {what} is not UTF-8 text") from None
 
 
 def create(path: Path, text: str, check: Callable[[Path], object] = lambda _: None) -> bool:

@@ -1,13 +1,12 @@
 """`doorward key`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from doorward_server.api_keys import ListedKey
-from doorward_server.cli.base import HELP, Json, app_of, iso, print_done, print_list
+from doorward_server.cli.base import HELP, ROW_ID, Json, app_of, has_terminal, iso, print_done, print_list
 from doorward_server.cli.files import read_text
 from doorward_server.discord_users import parse_snowflake
 from doorward_server.errors import InvalidUserId, KeyNotFound, OperatorError
@@ -15,7 +14,6 @@ from doorward_server.errors import InvalidUserId, KeyNotFound, OperatorError
 cli = typer.Typer(help="Users' own keys at other services, which applications may ask them for.", **HELP)
 DiscordUser = Annotated[str, typer.Option("--discord-user", metavar="ID", help="The user's id at Discord, a number.")]
 _ACTOR = "operator"
-_LARGEST_ID = 2**63 - 1
 
 
 @cli.command(
@@ -37,7 +35,7 @@ def add(  # noqa: PLR0917 - an option for each setting
 ) -> None:
     """Add a key of a Discord user's; it is kept sealed. If the service has a validator, that has to know the key."""
     app = app_of(ctx)
-    snowflake = _snowflake(discord_user)
+    snowflake = read_snowflake(discord_user)
     value = read_text(Path("-"), "--value-stdin").removesuffix("\n") if value_stdin else _ask_value()
     app.record_key()  # the value is sealed with it
     key = app.api_keys.add(app.discord_users.obtain(snowflake), service, label, value, actor=_ACTOR)
@@ -48,7 +46,7 @@ def add(  # noqa: PLR0917 - an option for each setting
 def list_keys(ctx: typer.Context, discord_user: DiscordUser, as_json: Json = False) -> None:
     """List a Discord user's keys, but not their values."""
     app = app_of(ctx)
-    user = app.discord_users.find(_snowflake(discord_user))
+    user = app.discord_users.find(read_snowflake(discord_user))
     rows = [_key(listed) for listed in app.api_keys.list(user)] if user else []
     columns = ("id", "service", "label", "last_four", "account", "permissions", "created")
     print_list(rows, columns, as_json=as_json)
@@ -58,21 +56,20 @@ def list_keys(ctx: typer.Context, discord_user: DiscordUser, as_json: Json = Fal
 def remove(
     ctx: typer.Context,
     discord_user: DiscordUser,
-    key_id: Annotated[
-        int, typer.Argument(metavar="KEY_ID", min=1, max=_LARGEST_ID, help="The key's id; see `doorward key list`.")
-    ],
+    key_id: Annotated[int, typer.Argument(metavar="KEY_ID", help="The key's id; see `doorward key list`.", **ROW_ID)],
     as_json: Json = False,
 ) -> None:
     """Remove a key of a Discord user's; no application gets it any more."""
     app = app_of(ctx)
-    user = app.discord_users.find(_snowflake(discord_user))
+    user = app.discord_users.find(read_snowflake(discord_user))
     if user is None:
         raise KeyNotFound
     app.api_keys.remove(user, key_id, actor=_ACTOR)
     print_done("removed key", key_id, as_json=as_json)
 
 
-def _snowflake(text: str) -> str:
+def read_snowflake(text: str) -> str:
+    """What --discord-user was given."""
     try:
         return parse_snowflake(text)
     except InvalidUserId:
@@ -80,7 +77,7 @@ def _snowflake(text: str) -> str:
 
 
 def _ask_value() -> str:
-    if not sys.stdin.isatty():
+    if not has_terminal():
         raise OperatorError("the key is missing: give --value-stdin, or run this in a terminal to be asked for it")
     value: str = typer.prompt("Key", hide_input=True, err=True)
     return value

@@ -1,6 +1,5 @@
 """`doorward provider`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from doorward_server.app import App
-from doorward_server.cli.base import HELP, Json, app_of, print_done, print_list, print_one
+from doorward_server.cli.base import HELP, Json, app_of, has_terminal, print_done, print_list, print_one
 from doorward_server.cli.files import read_text
 from doorward_server.errors import OperatorError
 from doorward_server.providers import Kind, Provider, SettingsMissing, TokenAuth, TokenMethod
@@ -133,7 +132,7 @@ def _read_secret(file: Path | None) -> str:
 
 
 def _ask_secret() -> str:
-    if not sys.stdin.isatty():
+    if not has_terminal():
         raise OperatorError(
             f"the client secret is missing: set {CLIENT_SECRET_VARIABLE}, give --client-secret-file, "
             "or run this in a terminal to be asked for it"

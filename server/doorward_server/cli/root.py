@@ -1,5 +1,6 @@
 """`doorward` itself: its options, and the commands that are about an installation."""
 
+import io
 import os
 import sys
 from functools import partial
@@ -19,7 +20,7 @@ from doorward_server.database import open_database
 from doorward_server.errors import DoorwardError, OperatorError
 
 cli = typer.Typer(
-    help="Doorward connects users to other services and keeps their tokens.",
+    help="Doorward connects users to other services, keeps their tokens and keys, and shares what they allow.",
     epilog="Settings: doorward.toml in the home, or DOORWARD_* in the environment.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +33,9 @@ def run() -> None:
     os.umask(0o077)  # whatever Doorward creates is its owner's alone
     if not all(map(_is_text, sys.argv)):
         sys.exit("doorward: an argument is not UTF-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not stop a command
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="doorward")
     except DoorwardError as error:

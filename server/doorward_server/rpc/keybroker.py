@@ -101,10 +101,10 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         self, request: pb.ResolveConsentRequestRequest, context: grpc.ServicerContext
     ) -> pb.ResolveConsentRequestResponse:
         outcome = _OUTCOMES.get(request.WhichOneof("outcome") or "", Status.CANCELED)
-        status = self.consents.resolve(
+        resolved = self.consents.resolve(
             request.request_id, outcome, request.granted.key_ids, actor=service_name(), closes_within=_CLOSING
         )
-        return pb.ResolveConsentRequestResponse(status=_status(status))
+        return pb.ResolveConsentRequestResponse(status=_status(resolved.status))
 
     def GetConsentRequest(
         self, request: pb.GetConsentRequestRequest, context: grpc.ServicerContext
@@ -125,9 +125,9 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
             request.discord_user_id or None,
             min(max(request.max_requests, 1), _MOST_REQUESTS),
             before=request.before_id or None,
-            only_prompted=request.only_prompted,
+            status=Status.PROMPTED if request.only_prompted else None,
         )
-        return pb.ListConsentRequestsResponse(requests=map(_leased, found))
+        return pb.ListConsentRequestsResponse(requests=[_leased(self.consents.with_keys(one)) for one in found])
 
     def ListGrants(self, request: pb.ListGrantsRequest, context: grpc.ServicerContext) -> pb.ListGrantsResponse:
         user = self.discord_users.find(parse_snowflake(request.discord_user_id))

@@ -275,7 +275,7 @@ class KeyBrokerServiceServicer:
     def RedeliverDelivery(self, request, context):
         """Sends an abandoned delivery again, with the same webhook id, from the start
         of its schedule. NOT_FOUND `DELIVERY_NOT_FOUND`. FAILED_PRECONDITION
-        `DELIVERY_NOT_ABANDONED`.
+        `DELIVERY_NOT_ABANDONED`, `NO_KEY_LEFT` (those that it carried are gone).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

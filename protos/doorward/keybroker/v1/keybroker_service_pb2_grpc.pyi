@@ -116,7 +116,7 @@ class KeyBrokerServiceStub:
     RedeliverDelivery: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.RedeliverDeliveryRequest, _keybroker_service_pb2.RedeliverDeliveryResponse]
     """Sends an abandoned delivery again, with the same webhook id, from the start
     of its schedule. NOT_FOUND `DELIVERY_NOT_FOUND`. FAILED_PRECONDITION
-    `DELIVERY_NOT_ABANDONED`.
+    `DELIVERY_NOT_ABANDONED`, `NO_KEY_LEFT` (those that it carried are gone).
     """
 
 @_typing.type_check_only
@@ -206,7 +206,7 @@ class KeyBrokerServiceAsyncStub(KeyBrokerServiceStub):
     RedeliverDelivery: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.RedeliverDeliveryRequest, _keybroker_service_pb2.RedeliverDeliveryResponse]  # type: ignore[assignment]
     """Sends an abandoned delivery again, with the same webhook id, from the start
     of its schedule. NOT_FOUND `DELIVERY_NOT_FOUND`. FAILED_PRECONDITION
-    `DELIVERY_NOT_ABANDONED`.
+    `DELIVERY_NOT_ABANDONED`, `NO_KEY_LEFT` (those that it carried are gone).
     """
 
 class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -389,7 +389,7 @@ class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_keybroker_service_pb2.RedeliverDeliveryResponse, _abc.Awaitable[_keybroker_service_pb2.RedeliverDeliveryResponse]]:
         """Sends an abandoned delivery again, with the same webhook id, from the start
         of its schedule. NOT_FOUND `DELIVERY_NOT_FOUND`. FAILED_PRECONDITION
-        `DELIVERY_NOT_ABANDONED`.
+        `DELIVERY_NOT_ABANDONED`, `NO_KEY_LEFT` (those that it carried are gone).
         """
 
 def add_KeyBrokerServiceServicer_to_server(servicer: KeyBrokerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
