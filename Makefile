@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-up: $(STAMP)  ## run the server, the gateway and the stand-ins; Ctrl-C ends them all
+up: $(STAMP)  ## run the server, the gateway, the bot and the stand-ins; Ctrl-C ends them all
 	@$(BIN)/python -m tests.sandbox.settings > $(VENV)/up.toml
 	@$(BIN)/doorward init --settings $(VENV)/up.toml
 	@DOORWARD_GRPC_REFLECTION=true exec $(BIN)/honcho start --no-prefix

@@ -1,8 +1,11 @@
 """The bot: where settings become objects, and what ends it. Imports everything else."""
 
 import asyncio
+import contextlib
+import os
 import signal
 import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -38,11 +41,18 @@ class Bot(commands.InteractionBot):
             allowed_mentions=disnake.AllowedMentions.none(),
         )
         self.log = log
+        # disnake's own word, `is_ready`, stays true while it tries to connect again.
+        self.is_connected = False
 
     async def on_connect(self) -> None:
+        self.is_connected = True
         self.log.info("connected to Discord")
 
+    async def on_resumed(self) -> None:
+        await self.on_connect()
+
     async def on_disconnect(self) -> None:
+        self.is_connected = False
         self.log.warning("disconnected from Discord")
 
     async def on_error(self, event_method: str, *_args: Any, **_options: Any) -> None:
@@ -68,12 +78,23 @@ async def run(settings: Settings) -> None:
             bot.add_cog(cog)
 
         def state() -> dict[str, bool]:
-            return {"discord": bot.is_ready() and not bot.is_closed(), "server": broker.is_reached}
+            return {"discord": bot.is_connected, "server": broker.is_reached}
 
-        async with health.served(settings.doorward_bot_health_port, state):
+        async with _health(settings.doorward_bot_health_port, state):
             await _until_one_ends(_discord(bot, token, log), _poll(bot, Poller(broker, consent, log)), _stopped())
         await bot.close()
         log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _health(port: int, state: Callable[[], dict[str, bool]]) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as opened:
+        try:
+            await opened.enter_async_context(health.served(port, state))
+        except OSError as failure:
+            reason = os.strerror(failure.errno or 0)
+            raise BotError(f"DOORWARD_BOT_HEALTH_PORT: cannot listen on port {port}: {reason}") from None
+        yield
 
 
 async def _until_one_ends(*steps: Any) -> None:

@@ -9,7 +9,7 @@ from disnake.interactions.application_command import ApplicationCommandInteracti
 from disnake.interactions.base import Interaction as AnyInteraction
 
 from doorward_bot import messages
-from doorward_bot.broker import Away, Broker, Refused
+from doorward_bot.broker import Away, Broker, NotAdmitted, Refused
 
 # In servers, in DMs with the bot, and wherever a user has installed it for themselves.
 EVERYWHERE: dict[str, Any] = {
@@ -34,7 +34,7 @@ class Commands(commands.Cog):
             return await self._broker.call(rpc, request, timeout=timeout)
         except Refused as refused:
             await self._tell(inter, messages.refusal(refused.reason))
-        except Away:
+        except (Away, NotAdmitted):  # the latter ends the bot at the poller's next call
             await self._tell(inter, messages.AWAY_FOR_COMMANDS)
         return None
 
@@ -47,7 +47,7 @@ class Commands(commands.Cog):
         """What the server answers quickly; None when it does not."""
         try:
             return await self._broker.call(rpc, request, timeout=_QUICK)
-        except (Refused, Away):
+        except (Refused, Away, NotAdmitted):
             return None
 
 

@@ -39,6 +39,7 @@ SERVICE, SERVICE_HINT = "Service", "What the key is for, such as gw2"
 LABEL, LABEL_HINT = "Label", "How you will recognize it, such as “main account”"
 KEY, KEY_HINT = "Key", "It is stored sealed, and shown to nobody"
 
+_MOST_LABELS = 10
 _LIKE_A_BACKTICK = "\N{MODIFIER LETTER GRAVE ACCENT}"
 _ENDS = {
     pb.CONSENT_STATUS_GRANTED: ("Shared", "You shared {what}. `/sharing revoke` ends that."),
@@ -127,8 +128,13 @@ def end_title(status: pb.ConsentStatus.ValueType) -> str:
 
 def end(status: pb.ConsentStatus.ValueType, labels: Sequence[str] = ()) -> str:
     """How a request ended; `labels` are of the keys that were shared, as far as they are known."""
-    what = ", ".join(map(plain, labels[:10])) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")  # noqa: PLR2004
-    return _ENDS[status][1].format(what=what or "keys")
+    return _ENDS[status][1].format(what=_several(labels) or "keys")
+
+
+def _several(labels: Sequence[str]) -> str:
+    """Labels of keys, as many as anybody reads."""
+    more = f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""
+    return ", ".join(map(plain, labels[:_MOST_LABELS])) + more
 
 
 # Replies to commands
@@ -142,7 +148,7 @@ def added(key: pb.ApiKey) -> str:
 def grant_line(grant: pb.Grant) -> str:
     """What is shared with whom."""
     name = plain(grant.application_name) + ("" if grant.verified else " (not verified)")
-    keys = ", ".join(plain(key.label) for key in grant.keys) or "keys that you removed since"
+    keys = _several([key.label for key in grant.keys]) or "keys that you removed since"
     return f"{name} at {plain(grant.callback_host)}: {keys}, <t:{grant.create_time.seconds}:R>"
 
 
@@ -157,7 +163,7 @@ def application_choice(request: pb.ConsentRequest) -> str:
     return f"{request.application_name} at {request.callback_host}"[:100]
 
 
-def listed(lines: Sequence[str], most: int = 3900) -> str:
+def listed(lines: Sequence[str], most: int = 4000) -> str:
     """Lines, as many as fit into an embed."""
     shown: list[str] = []
     for line in lines:

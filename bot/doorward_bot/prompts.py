@@ -80,16 +80,21 @@ class Prompt:
         return [(index, key) for index, key in keys if key is not None]
 
     @property
+    def _has_keys(self) -> bool:
+        """Whether there is anything to share, on whatever page."""
+        return any(key is not None for key in self.keys)
+
+    @property
     def _pages(self) -> int:
         return max(1, -(-len(self.keys) // PAGE))
 
     def _embed(self) -> disnake.Embed:
-        embed = disnake.Embed(title=messages.TITLE, colour=_OPEN_COLOUR)
-        _add_who(embed, self.request)
+        lines = _who(self.request)
         if self._shown:
-            lines = [f"**{index + 1}.** {messages.key_line(key)}" for index, key in self._shown]
-            embed.description = f"**{messages.page_of(self.page, self._pages)}**\n" + "\n".join(lines)
-        step = messages.next_step(self.request.deadline_time.seconds, has_keys=bool(self._shown))
+            keys = [f"**{index + 1}.** {messages.key_line(key)}" for index, key in self._shown]
+            lines += ["", f"**{messages.page_of(self.page, self._pages)}**", *keys]
+        embed = disnake.Embed(title=messages.TITLE, description=messages.listed(lines), colour=_OPEN_COLOUR)
+        step = messages.next_step(self.request.deadline_time.seconds, has_keys=self._has_keys)
         embed.add_field(messages.NEXT_STEP, step, inline=False)
         return embed
 
@@ -121,7 +126,7 @@ class Prompt:
         )
 
     def _share_buttons(self) -> list["disnake.ui.Button[None]"]:
-        if not self._shown:
+        if not self._has_keys:
             return []
         selected = disnake.ui.Button(
             style=disnake.ButtonStyle.success,
@@ -148,9 +153,8 @@ class Prompt:
 def ended(request: pb.ConsentRequest, status: pb.ConsentStatus.ValueType, labels: Sequence[str] = ()) -> dict[str, Any]:
     """The message of a prompt that has ended."""
     colour = _GRANTED_COLOUR if status == pb.CONSENT_STATUS_GRANTED else _ENDED_COLOUR
-    embed = disnake.Embed(title=messages.end_title(status), description=messages.end(status, labels), colour=colour)
-    _add_who(embed, request)
-    return message([embed], [])
+    text = "\n".join([*_who(request), "", messages.end(status, labels)])
+    return message([disnake.Embed(title=messages.end_title(status), description=text, colour=colour)], [])
 
 
 def message(embeds: Sequence[disnake.Embed], components: Components) -> dict[str, Any]:
@@ -162,9 +166,11 @@ def message(embeds: Sequence[disnake.Embed], components: Components) -> dict[str
     }
 
 
-def _add_who(embed: disnake.Embed, request: pb.ConsentRequest) -> None:
-    embed.add_field(messages.ASKS, messages.who(request))
-    embed.add_field(messages.SENT_TO, messages.plain(request.callback_host))
+def _who(request: pb.ConsentRequest) -> list[str]:
+    return [
+        f"**{messages.ASKS}:** {messages.who(request)}",
+        f"**{messages.SENT_TO}:** {messages.plain(request.callback_host)}",
+    ]
 
 
 # Selections

@@ -1,5 +1,6 @@
 """The README's first screen, as a new user would type it: `make up`, its lines, and Ctrl-C."""
 
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from doorward_gateway import settings as gateway_settings
 from doorward_server import settings as server_settings
 from doorward_server.providers import Provider
 from tests.processes import BIN, ROOT, Process, clean_environment, free_port
+from tests.sandbox.discord.client import Discord
 
 README = (ROOT / "README.md").read_text()
 
@@ -22,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ports = {
         f"DOORWARD_{name}_PORT": str(free_port())
-        for name in ("GATEWAY", "GATEWAY_ADMIN", "GRPC", "SANDBOX", "SANDBOX_RECEIVER")
+        for name in ("GATEWAY", "GATEWAY_ADMIN", "GRPC", "SANDBOX", "SANDBOX_RECEIVER", "SANDBOX_DISCORD")
     }
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     home = tmp_path_factory.mktemp("readme") / "home"
@@ -52,22 +54,36 @@ def block(after: str) -> str:
     return match[1]
 
 
-def test_the_readmes_lines(up: Process, environment: dict[str, str]) -> None:
-    scripts = [
-        block("connect a user's `flo` account"),
-        block("With `make up` running"),
-        block("in the Discord bot's place"),
-    ]
-    script = "".join(scripts).replace(".venv/bin/", "")
+def type_in(script: str, environment: dict[str, str]) -> str:
+    """What lines of the README print in a shell."""
+    script = script.replace(".venv/bin/", "")
     for port, name in (("8080", "GATEWAY"), ("9100", "SANDBOX"), ("9200", "SANDBOX_RECEIVER")):
         script = script.replace(f"127.0.0.1:{port}", f"127.0.0.1:{environment[f'DOORWARD_{name}_PORT']}")
     done = subprocess.run(
         ["bash", "-euc", script], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_the_readmes_lines(up: Process, environment: dict[str, str]) -> None:
+    """As ada picks her keys on the stand-in's page, which has a test of its own, somebody clicks for her here."""
+    scripts = [block("connect a user's `flo` account"), block("With `make up` running"), block("ada has two keys")]
     expected = "created user 1 (ada)\n" + block("The five requests print") + block("made, linked and logged in")
-    assert done.stdout == expected + block("These lines print")
-    up.await_output(block("The receiver prints").strip())
+    assert type_in("".join(scripts), environment) == expected + block("These lines print")
+    discord = Discord(f"http://127.0.0.1:{environment['DOORWARD_SANDBOX_DISCORD_PORT']}")
+    with contextlib.closing(discord):
+        ada = discord.user("ada")
+        prompt = ada.await_message("My super bot!")
+        ada.select(prompt, "2. alt", "1. main")
+        ada.click(ada.await_change(prompt), "Share selected (2)")
+        up.await_output(block("The receiver prints").strip())
+        asked, granted = block("answer in the user's place").splitlines()[0], block("answer in the user's place")
+        assert type_in(f"ADA={ada.id}\n{asked}\n", environment) == "OK\n"
+        ada.await_message(lambda message: bool(message.buttons))
+    # The same request again is the same request.
+    assert type_in(f"ADA={ada.id}\n{granted}", environment) == block("has an id of its own")
+    up.await_output('state="abc" api_keys="EXAMPLE-KEY-1"')
 
 
 @pytest.mark.usefixtures("up")
@@ -87,10 +103,12 @@ def test_a_changed_port_of_the_stand_in_is_told(environment: dict[str, str], tmp
     command = [str(BIN / "python"), "-m", "tests.sandbox.settings"]
     text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     (tmp_path / "doorward.toml").write_text(text)
-    changed = {**environment, "DOORWARD_SANDBOX_PORT": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=changed, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"is for a stand-in provider on port {environment['DOORWARD_SANDBOX_PORT']}" in done.stderr
+    for variable in ("DOORWARD_SANDBOX_PORT", "DOORWARD_SANDBOX_RECEIVER_PORT"):
+        changed = {**environment, variable: "1"}
+        done = subprocess.run(command, cwd=ROOT, env=changed, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        ports = f"{environment['DOORWARD_SANDBOX_PORT']} and {environment['DOORWARD_SANDBOX_RECEIVER_PORT']}"
+        assert f"allows stand-ins on the ports {ports}, but" in done.stderr
 
 
 def test_every_setting_is_documented() -> None:

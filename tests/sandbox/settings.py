@@ -17,8 +17,9 @@ allow = ["127.0.0.1:{port}"]
 [callbacks]
 allow = ["127.0.0.1:{receiver_port}"]
 """
-# The head of what `make up` wrote before; other settings are not ours to judge.
-_PORT = re.compile(r"\A# Settings of `make up`.*?127\.0\.0\.1:([0-9]+)", re.DOTALL)
+# The head of what `make up` wrote before; other settings are not ours to judge. The ports that they allow follow.
+_IS_OURS = re.compile(r"\A# Settings of `make up`")
+_ALLOWED = re.compile(r'^allow = \["127\.0\.0\.1:([0-9]+)"\]$', re.MULTILINE)
 _PROVIDER = """
 [providers.{kai}]
 kind = "kai"
@@ -64,11 +65,14 @@ def main() -> None:
     port = _port_of("DOORWARD_SANDBOX_PORT", "9100")
     receiver_port = _port_of("DOORWARD_SANDBOX_RECEIVER_PORT", "9200")
     _, config = places()
-    if config.is_file() and (found := _PORT.search(config.read_text())) and found[1] != str(port):
-        sys.exit(
-            f"{config} is for a stand-in provider on port {found[1]}, but DOORWARD_SANDBOX_PORT says {port}: "
-            "remove the file, or set the variable to what it says"
-        )
+    if config.is_file() and _IS_OURS.match(text := config.read_text()):
+        found, wanted = _ALLOWED.findall(text), [str(port), str(receiver_port)]
+        if found != wanted:
+            sys.exit(
+                f"{config} allows stand-ins on the ports {' and '.join(found)}, but DOORWARD_SANDBOX_PORT and "
+                f"DOORWARD_SANDBOX_RECEIVER_PORT say {' and '.join(wanted)}: remove the file, and `make up` writes it "
+                "anew, or set the variables to what it says"
+            )
     print(render(port, receiver_port), end="")
 
 

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 import httpx
 
 _LINES = """\
-Doorward is up: {gateway}   (the stand-in provider: {provider})
+Doorward is up: {gateway}   (stand-ins: an OAuth 2 provider {provider}, a callback receiver {receiver}, {discord})
 In another terminal, connect a user's flo account:
 {home}.venv/bin/doorward user create --name Ada
 SESSION=$(.venv/bin/doorward session create --user ada)
@@ -16,23 +16,27 @@ COOKIE="Cookie: doorward_session=$SESSION" JSON='Content-Type: application/json'
 FLO={gateway}/api/v1/users/me/integrations/kai/flo
 curl -sS -H "$COOKIE" -H "$JSON" -d "{{\\"code\\": \\"$CODE\\"}}" $FLO/oauth2callback
 curl -sS -H "$COOKIE" $FLO
+Or ask a Discord user for API keys{answer}:
+curl -sS -d 'name=My super bot!&userid=80351110224678912&state=xyz&callback={receiver}/callback' {gateway}/requestapikey
 Ctrl-C stops everything.\
 """
 
 
-def render(gateway: str, provider: str, home: str | None) -> str:
-    """What is printed; `home` is DOORWARD_HOME, if it is set."""
+def render(gateway: str, provider: str, receiver: str, discord: str | None, home: str | None) -> str:
+    """What is printed; `discord` is None on the real one, `home` is DOORWARD_HOME, if it is set."""
     grant = {
         "client_id": "flo-client",
         "redirect_uri": f"{provider}/app/callback",
         "user": "ada",
         "decision": "allow",
     }
-    consent = urlencode(grant, safe=":/")
     return _LINES.format(
         gateway=gateway,
         provider=provider,
-        consent=consent,
+        receiver=receiver,
+        discord=f"Discord {discord}" if discord else "and the bot is on Discord",
+        answer=f", and answer as ada at {discord}/" if discord else "",
+        consent=urlencode(grant, safe=":/"),
         home=f"export DOORWARD_HOME={home}\n" if home else "",
     )
 
@@ -41,17 +45,22 @@ def main() -> None:
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     stopped = False
-    gateway = f"http://127.0.0.1:{os.environ.get('DOORWARD_GATEWAY_PORT', '8080')}"
-    provider = f"http://127.0.0.1:{os.environ.get('DOORWARD_SANDBOX_PORT', '9100')}"
+    gateway, provider = _url("GATEWAY_PORT", "8080"), _url("SANDBOX_PORT", "9100")
+    receiver = _url("SANDBOX_RECEIVER_PORT", "9200")
+    is_real = any(os.environ.get(name) for name in ("DISCORD_TOKEN", "DISCORD_TOKEN_FILE"))
+    discord = None if is_real else _url("SANDBOX_DISCORD_PORT", "9300")
     with httpx.Client(trust_env=False) as client:
-        waiting = [f"{gateway}/healthz", f"{provider}/healthz"]
-        while waiting and not stopped:
+        waiting = [f"{url}/healthz" for url in (gateway, provider, receiver)]
+        while not stopped and (waiting or (discord and not _has_bot(client, discord))):
             stopped = signal.sigtimedwait(stop_signals, 0.1) is not None
             waiting = [url for url in waiting if not _answers(client, url)]
-    if not waiting:
-        print(render(gateway, provider, os.environ.get("DOORWARD_HOME")), flush=True)
     if not stopped:
+        print(render(gateway, provider, receiver, discord, os.environ.get("DOORWARD_HOME")), flush=True)
         signal.sigwait(stop_signals)  # honcho stops everything when one process ends
+
+
+def _url(variable: str, default: str) -> str:
+    return f"http://127.0.0.1:{os.environ.get(f'DOORWARD_{variable}') or default}"
 
 
 def _answers(client: httpx.Client, url: str) -> bool:
@@ -59,6 +68,14 @@ def _answers(client: httpx.Client, url: str) -> bool:
         return client.get(url).is_success
     except httpx.TransportError:
         return False
+
+
+def _has_bot(client: httpx.Client, discord: str) -> bool:
+    try:
+        sessions = client.get(f"{discord}/_sandbox/gateway").json()["sessions"]
+    except httpx.TransportError:
+        return False
+    return any(session["connected"] for session in sessions)
 
 
 if __name__ == "__main__":

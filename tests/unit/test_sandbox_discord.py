@@ -209,7 +209,7 @@ def test_a_bot_waits_out_a_limit(discord: Discord, ada: User, scope: str) -> Non
     discord.fault("rate_limit", POST_MESSAGE, times=1, seconds=0.01, scope=scope)
     ada.say("one")
     ada.await_message("You said: one")
-    limited, sent = discord.await_request("POST", MESSAGES, 2)
+    limited, sent = discord.await_request("POST", MESSAGES, count=2)
     assert (limited.status, limited.answer["retry_after"], limited.answer["global"]) == (429, 0.01, scope == "global")
     assert sent.status == 200
     assert len([message for message in ada.messages() if message.by_bot]) == 1
@@ -229,7 +229,7 @@ def test_a_user_refuses_dms(discord: Discord, ada: User, code: int) -> None:
 def test_a_bot_sends_again_what_had_no_answer(discord: Discord, ada: User) -> None:
     discord.fault("reset", POST_MESSAGE, times=1, phase="after")
     ada.say("one")
-    lost, sent = discord.await_request("POST", MESSAGES, 2)
+    lost, sent = discord.await_request("POST", MESSAGES, count=2)
     assert (lost.fault, lost.lost, lost.status) == ("reset after", True, None)
     assert (sent.body, sent.status) == (lost.body, 200)
     assert [message.content for message in ada.messages() if message.by_bot] == ["You said: one"] * 2
@@ -336,6 +336,7 @@ _FIELD = {"name": "n", "value": "v"}
         pytest.param(_embed(timestamp="now"), "embeds.0.timestamp", id="embed-timestamp"),
         pytest.param(_embed(fields=[_FIELD] * 26), "embeds.0.fields", id="embed-fields"),
         pytest.param(_embed(fields=[{"name": "n"}]), "embeds.0.fields.0.value", id="field-without-value"),
+        pytest.param(_embed(fields=[_FIELD | {"value": " "}]), "embeds.0.fields.0.value", id="field-blank"),
         pytest.param(_embed(fields=[_FIELD | {"name": "x" * 257}]), "embeds.0.fields.0.name", id="field-name"),
         pytest.param(_embed(fields=[_FIELD | {"value": "x" * 1025}]), "embeds.0.fields.0.value", id="field-value"),
         pytest.param(_embed(footer={"text": "x" * 2049}), "embeds.0.footer.text", id="embed-footer"),
