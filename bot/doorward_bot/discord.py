@@ -13,7 +13,8 @@ from disnake.http import HTTPClient, Route
 # Discord's JSON error codes (https://discord.com/developers/docs/topics/opcodes-and-status-codes#json).
 _NO_SUCH_USER = {10013, 50033}
 _REFUSED = {50007, 50278}
-_GONE = {10003, 10008, 50001}
+# HTTP's: the message, the channel or the right to change it is gone.
+_GONE = {403, 404}
 _HISTORY = 100
 Message = dict[str, Any]
 
@@ -62,7 +63,7 @@ class Dms:
         try:
             await self._http.request(route, json=payload)
         except disnake.HTTPException as failure:
-            if failure.code in _GONE:
+            if failure.status in _GONE:
                 return False
             raise
         return True

@@ -435,6 +435,7 @@ def _receipt(response: httpx.Response) -> Receipt:
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=certifi.where())
+    context.hostname_checks_common_name = False  # RFC 9525, section 2
     if ca_file is not None:
         try:
             context.load_verify_locations(ca_file)
