@@ -69,6 +69,7 @@ class Bot(commands.InteractionBot):
 async def run(settings: Settings) -> None:
     """Until SIGTERM or SIGINT. Raises BotError when it cannot go on."""
     log = make_log(settings.doorward_log_level)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: _log_unawaited(log, context))
     Route.BASE = settings.discord_api_base
     token = settings.discord_token.get_secret_value()
     async with Broker(settings.server, settings.doorward_bot_token.get_secret_value()) as broker:
@@ -84,6 +85,12 @@ async def run(settings: Settings) -> None:
             await _until_one_ends(_discord(bot, token, log), _poll(bot, Poller(broker, consent, log)), _stopped())
         await bot.close()
         log.info("stopped")
+
+
+def _log_unawaited(log: Log, context: dict[str, Any]) -> None:
+    """Tasks of disnake's fail that nobody awaits; by default, their exceptions' texts would be printed."""
+    failure = context.get("exception")
+    log.error("task failed", reason=context["message"], **(describe(failure) if failure else {}))
 
 
 @contextlib.asynccontextmanager

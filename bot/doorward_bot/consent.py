@@ -112,7 +112,7 @@ class Consent(commands.Cog):
             await self._dms.edit(place.channel_id, place.message_id, ended(found.request, found.request.status))
             return
         # Numbers stay what they were; what is new comes at the end.
-        key_ids = tuple(dict.fromkeys([*place.key_ids, *(key.id for key in found.keys)]))
+        key_ids = _with_others(place.key_ids, found.keys)
         if key_ids != place.key_ids and not await self._mark(
             request_id, found.lease_epoch, place._replace(key_ids=key_ids)
         ):
@@ -215,7 +215,10 @@ class Consent(commands.Cog):
         }
         waiting = [leased for leased in of_message.values() if leased.request.status in _OPEN]
         if replied_to := _replied_to(message):
-            waiting = [of_message[replied_to]] if replied_to in of_message else []
+            if replied_to in of_message:
+                waiting = [of_message[replied_to]]
+            elif (message.get("referenced_message") or {}).get("embeds"):  # a prompt of long ago
+                waiting = []
         if not waiting:
             return None
         if len(waiting) > 1:
@@ -274,6 +277,8 @@ class Consent(commands.Cog):
                 await self._show(press.request_id, place)
             return messages.LATE + messages.end(found.request.status)
         if not found.request.message:  # it was sent by a bot that died before it told the server
+            # Of the keys it shows but a page; the others follow, in the order of their ids.
+            place = place._replace(key_ids=_with_others(place.key_ids, found.keys))
             await self._mark(press.request_id, found.lease_epoch, place)
             found.request.message = str(place)
         prompt = _prompt(found.request, place.key_ids, found.keys)
@@ -318,6 +323,11 @@ class Consent(commands.Cog):
             self._log.warning("interaction lost", **describe(failure))
 
 
+def _with_others(key_ids: Sequence[int], keys: Sequence[pb.ApiKey]) -> tuple[int, ...]:
+    """Ids, and those of the other keys after them."""
+    return tuple(dict.fromkeys([*key_ids, *(key.id for key in keys)]))
+
+
 def _prompt(request: pb.ConsentRequest, key_ids: Sequence[int], keys: Sequence[pb.ApiKey]) -> Prompt:
     by_id = {key.id: key for key in keys}
     return Prompt(request, [by_id.get(key_id) for key_id in key_ids])
@@ -328,6 +338,7 @@ def _prompt(request: pb.ConsentRequest, key_ids: Sequence[int], keys: Sequence[p
 
 def _raw(message: disnake.Message) -> Message:
     reference = message.reference
+    replied_to = reference.resolved if reference else None
     return {
         "id": str(message.id),
         "channel_id": str(message.channel.id),
@@ -335,6 +346,7 @@ def _raw(message: disnake.Message) -> Message:
         "author": {"id": str(message.author.id)},
         "components": [row.to_dict() for row in message.components],
         "message_reference": {"message_id": str(reference.message_id)} if reference and reference.message_id else None,
+        "referenced_message": {"embeds": replied_to.embeds} if isinstance(replied_to, disnake.Message) else None,
     }
 
 

@@ -70,7 +70,7 @@ class Prompt:
 
     def payload(self) -> dict[str, Any]:
         """The message, as Discord's API takes it."""
-        return message([self._embed()], self._components())
+        return message(self._embeds(), self._components())
 
     @property
     def _shown(self) -> list[tuple[int, pb.ApiKey]]:
@@ -88,15 +88,16 @@ class Prompt:
     def _pages(self) -> int:
         return max(1, -(-len(self.keys) // PAGE))
 
-    def _embed(self) -> disnake.Embed:
-        lines = _who(self.request)
+    def _embeds(self) -> list[disnake.Embed]:
+        """Two, for who asks comes first, and the description of one holds no more than the keys of a page."""
+        who = disnake.Embed(title=messages.TITLE, description="\n".join(_who(self.request)), colour=_OPEN_COLOUR)
+        what = disnake.Embed(colour=_OPEN_COLOUR)
         if self._shown:
             keys = [f"**{index + 1}.** {messages.key_line(key)}" for index, key in self._shown]
-            lines += ["", f"**{messages.page_of(self.page, self._pages)}**", *keys]
-        embed = disnake.Embed(title=messages.TITLE, description=messages.listed(lines), colour=_OPEN_COLOUR)
+            what.description = messages.listed([f"**{messages.page_of(self.page, self._pages)}**", *keys])
         step = messages.next_step(self.request.deadline_time.seconds, has_keys=self._has_keys)
-        embed.add_field(messages.NEXT_STEP, step, inline=False)
-        return embed
+        what.add_field(messages.NEXT_STEP, step, inline=False)
+        return [who, what]
 
     def _components(self) -> Components:
         rows: list[list[Any]] = [[self._select()]] if self._shown else []

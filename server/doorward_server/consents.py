@@ -387,8 +387,10 @@ class Consents:
         if outcome not in TRANSITIONS[Status(request.status)]:
             raise RequestFinished
         now = self.clock.now()
-        ConsentRequest.update(status=outcome, finished_at=now, lease_expires_at=now + closes_within).where(
-            ConsentRequest.id == request.id
+        ConsentRequest.update(status=outcome, finished_at=now).where(ConsentRequest.id == request.id).execute()
+        # Of those that ended earlier, too: the prompt is to be closed when all have.
+        ConsentRequest.update(lease_expires_at=now + closes_within).where(
+            ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null(False)
         ).execute()
         self.database.engine.after_commit(self.bell.ring)
         if outcome is Status.GRANTED:

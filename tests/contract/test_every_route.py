@@ -704,6 +704,7 @@ KINDS = {
     "no route": Kind(404, target="/nothing"),
     "no method": Kind(404, "PUT"),
     "head": Kind(404, "HEAD"),
+    "unknown method": Kind(404, "FOO"),
     "too large": Kind(413, "POST", CALLBACK, JSON + b"content-length: 70000\r\n"),
     "text": Kind(415, "POST", CALLBACK, TEXT + sized(b"{}"), b"{}"),
     "no API client": Kind(401, target=f"{USERS}/1", more=frozenset({"www-authenticate"})),
@@ -719,7 +720,6 @@ KINDS = {
 }
 # Envoy refuses these before it makes a request of them.
 UNREAD = {
-    "unknown method": Kind(400, "FOO"),
     "NUL in the path": Kind(400, target=f"{STATUS}%00"),
     "fragment": Kind(400, target=f"{STATUS}#fragment"),
     "raw byte in the path": Kind(400, target=STATUS.encode() + b"\xff"),

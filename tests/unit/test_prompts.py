@@ -43,8 +43,10 @@ def outside(text: str) -> str:
 
 def texts(payload: NewMessage) -> str:
     """What stands in a message, where Discord interprets it."""
-    [embed] = payload.embeds or []
-    return "\n".join([embed.title or "", embed.description or "", *(field.value for field in embed.fields or [])])
+    lines: list[str] = []
+    for embed in payload.embeds or []:
+        lines += [embed.title or "", embed.description or "", *(field.value for field in embed.fields or [])]
+    return "\n".join(lines)
 
 
 # Typed answers
@@ -288,8 +290,19 @@ def test_plain(text: str, shown: str) -> None:
     assert messages.plain(text) == shown
 
 
+def longest_keys() -> list[pb.ApiKey]:
+    return [key(number, f"{number:02}{'l' * 78}", "s" * 40) for number in range(1, 76)]
+
+
+@pytest.mark.parametrize("page", [0, 1, 2])
+def test_the_longest_prompt_names_every_key(page: int) -> None:
+    text = texts(check(NewMessage, Prompt(request("n" * 100, "h" * 253), longest_keys(), page).payload()))
+    first = page * PAGE + 1
+    assert [int(number) for number in re.findall(r"\*\*(\d+)\.\*\*", text)] == [*range(first, first + PAGE)]
+
+
 def test_the_longest_prompt_fits() -> None:
-    long = [key(number, f"{number:02}{'l' * 78}", "s" * 40) for number in range(1, 76)]
+    long = longest_keys()
     for page in range(3):
         selection = tuple(range(page * PAGE, page * PAGE + PAGE))
         check(NewMessage, Prompt(request("n" * 100, "h" * 253), long, page, selection).payload())

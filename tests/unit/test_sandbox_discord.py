@@ -28,7 +28,6 @@ from tests.sandbox.discord.client import (
 Json = dict[str, Any]
 MESSAGES = "/channels/{channel_id}/messages"
 POST_MESSAGE = f"POST {MESSAGES}"
-CALLBACK = "/interactions/{interaction_id}/{token}/callback"
 DIRECT_MESSAGES = 1 << 12
 
 
