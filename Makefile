@@ -26,7 +26,7 @@ up: $(STAMP)  ## run the server, the gateway, the bot and the stand-ins; Ctrl-C 
 	@DOORWARD_GRPC_REFLECTION=true exec $(BIN)/honcho start --no-prefix
 
 test: $(STAMP)  ## run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 soak: $(STAMP)  ## run the fault tests at their full counts
 	$(BIN)/python -m pytest --soak -rP tests/faults

@@ -141,7 +141,8 @@ def test_a_server_that_is_killed_and_comes_back(home: Stack, person: Person) -> 
         with running([BIN / "doorward", "serve"], log, environment) as server:
             server.await_output('"serving"')
             await_status(stack, "/healthz", 200)
-            assert get_status(stack, person).status_code == 200
+            # Envoy's threads learn of it one after the other.
+            await_condition(lambda: get_status(stack, person).status_code == 200, "a status from the new server")
 
 
 # Several servers
