@@ -29,7 +29,7 @@ test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 soak: $(STAMP)  ## run the fault tests at their full counts
-	$(BIN)/python -m pytest --soak -rP tests/faults
+	$(BIN)/python -m pytest --soak -rP tests/faults tests/bot
 
 bench: $(STAMP)  ## measure, and print a table
 	$(BIN)/python -m tests.bench

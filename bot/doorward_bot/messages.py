@@ -48,7 +48,7 @@ _ENDS = {
     pb.CONSENT_STATUS_BLOCKED: ("Not asked", "The application is told that you cannot be asked."),
 }
 _REASONS = {
-    "INVALID_SERVICE": "A service is named by 1 to 40 of the characters a-z, 0-9 and hyphen, such as `gw2`.",
+    "INVALID_SERVICE": "A service is named by 1 to 40 of the characters a-z, 0-9, - and _, such as `gw2`.",
     "INVALID_LABEL": "A label has 1 to 80 visible characters.",
     "INVALID_KEY": "That is no key: it has to have 1 to 4,096 characters, without blanks.",
     "KEY_REJECTED": "The service does not accept this key, so it was not stored.",

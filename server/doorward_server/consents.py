@@ -6,7 +6,7 @@ Owns the tables `consent_requests`, `grants`, `grant_keys` and `application_bloc
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -271,8 +271,13 @@ class Consents:
 
     # Prompting
 
-    def lease(self, most: int, lease: timedelta, wait: float) -> list[Leased]:
-        """Take prompts to be sent or closed, at most so many; waits so many seconds for the first. Raises Busy."""
+    def lease(
+        self, most: int, lease: timedelta, wait: float, is_wanted: Callable[[], bool] = lambda: True
+    ) -> list[Leased]:
+        """Take prompts to be sent or closed, at most so many; waits so many seconds for the first.
+
+        A caller that has gone, as `is_wanted` tells, takes nothing with it. Raises Busy.
+        """
         rung = self.bell.rung
         leased = self._lease(most, lease)
         if leased or not wait:
@@ -281,6 +286,8 @@ class Consents:
             ends = time.monotonic() + wait
             while not leased and (left := ends - time.monotonic()) > 0:
                 rung = self.bell.wait(rung, min(left, _LONGEST_POLL))
+                if not is_wanted():
+                    break
                 leased = self._lease(most, lease)
         return leased
 

@@ -14,7 +14,7 @@ from doorward_server.consents import Consents, Leased, Question, Status, callbac
 from doorward_server.delivery import Deliveries
 from doorward_server.delivery import Status as DeliveryStatus
 from doorward_server.discord_users import DiscordUsers, parse_snowflake
-from doorward_server.errors import GrantNotFound, InvalidField, KeyNotFound, NoApplication
+from doorward_server.errors import ConsentRequestNotFound, GrantNotFound, InvalidField, KeyNotFound, NoApplication
 from doorward_server.models import ConsentRequest, Delivery
 from doorward_server.rpc.headers import client_address, read_metadata
 from doorward_server.rpc.messages import service_name, timestamp
@@ -86,6 +86,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
             min(max(request.max_requests, 1), _MOST_LEASED),
             timedelta(seconds=min(max(request.lease_seconds, 1), _LONGEST_LEASE)),
             min(max(request.wait_seconds, 0.0), _LONGEST_WAIT),
+            context.is_active,
         )
         return pb.LeaseConsentRequestsResponse(requests=map(_leased, leased))
 
@@ -159,7 +160,9 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         self, request: pb.BlockApplicationRequest, context: grpc.ServicerContext
     ) -> pb.BlockApplicationResponse:
         discord_user = parse_snowflake(request.discord_user_id)
-        self.consents.get(request.request_id)  # a request that there is not makes no user
+        # Checked before, for a request that is not the user's makes no user either.
+        if self.consents.get(request.request_id).discord_user != discord_user:
+            raise ConsentRequestNotFound
         self.consents.block(self.discord_users.obtain(discord_user), request.request_id, actor=service_name())
         return pb.BlockApplicationResponse()
 

@@ -258,8 +258,8 @@ class KeyBrokerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BlockApplication(self, request, context):
-        """Keeps the application of a request from asking this user again. Idempotent.
-        NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
+        """Keeps the application of one of this user's requests from asking again.
+        Idempotent. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -108,8 +108,8 @@ class KeyBrokerServiceStub:
     NOT_FOUND `GRANT_NOT_FOUND`.
     """
     BlockApplication: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.BlockApplicationRequest, _keybroker_service_pb2.BlockApplicationResponse]
-    """Keeps the application of a request from asking this user again. Idempotent.
-    NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
+    """Keeps the application of one of this user's requests from asking again.
+    Idempotent. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
     """
     ListDeliveries: _grpc.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListDeliveriesRequest, _keybroker_service_pb2.ListDeliveriesResponse]
     """Lists deliveries, newest first."""
@@ -198,8 +198,8 @@ class KeyBrokerServiceAsyncStub(KeyBrokerServiceStub):
     NOT_FOUND `GRANT_NOT_FOUND`.
     """
     BlockApplication: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.BlockApplicationRequest, _keybroker_service_pb2.BlockApplicationResponse]  # type: ignore[assignment]
-    """Keeps the application of a request from asking this user again. Idempotent.
-    NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
+    """Keeps the application of one of this user's requests from asking again.
+    Idempotent. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
     """
     ListDeliveries: _aio.UnaryUnaryMultiCallable[_keybroker_service_pb2.ListDeliveriesRequest, _keybroker_service_pb2.ListDeliveriesResponse]  # type: ignore[assignment]
     """Lists deliveries, newest first."""
@@ -369,8 +369,8 @@ class KeyBrokerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _keybroker_service_pb2.BlockApplicationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keybroker_service_pb2.BlockApplicationResponse, _abc.Awaitable[_keybroker_service_pb2.BlockApplicationResponse]]:
-        """Keeps the application of a request from asking this user again. Idempotent.
-        NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
+        """Keeps the application of one of this user's requests from asking again.
+        Idempotent. NOT_FOUND `CONSENT_REQUEST_NOT_FOUND`.
         """
 
     @_abc_1.abstractmethod
