@@ -27,6 +27,8 @@ from doorward_bot.sharing import Sharing
 _BAD_TOKEN = "Discord does not take DISCORD_TOKEN (any more): make a new one in its developer portal"  # noqa: S105
 _INVALID_TOKEN = 4004
 _UNAUTHORIZED = 401
+# Seconds.
+_CLOSING = 1.0
 
 
 class Bot(commands.InteractionBot):
@@ -82,8 +84,7 @@ async def run(settings: Settings) -> None:
             return {"discord": bot.is_connected, "server": broker.is_reached}
 
         async with _health(settings.doorward_bot_health_port, state):
-            await _until_one_ends(_discord(bot, token, log), _poll(bot, Poller(broker, consent, log)), _stopped())
-        await bot.close()
+            await _until_one_ends(bot, _discord(bot, token, log), _poll(bot, Poller(broker, consent, log)), _stopped())
         log.info("stopped")
 
 
@@ -104,12 +105,17 @@ async def _health(port: int, state: Callable[[], dict[str, bool]]) -> AsyncItera
         yield
 
 
-async def _until_one_ends(*steps: Any) -> None:
+async def _until_one_ends(bot: Bot, *steps: Any) -> None:
     tasks = [asyncio.create_task(step) for step in steps]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    # Before the others are canceled, and oftener than once: a connection that breaks at this very moment swallows
+    # that, and disnake connects again as long as it is not closed.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(bot.close(), _CLOSING)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CLOSING)
     for task in done:
         task.result()
 
@@ -130,7 +136,7 @@ async def _poll(bot: Bot, poller: Poller) -> None:
 async def _discord(bot: Bot, token: str, log: Log) -> None:
     """Log in, however long Discord is away, and stay connected."""
     backoff = Backoff(1.0, 60.0)
-    while True:
+    while not bot.is_closed():
         try:
             await bot.login(token)
             await bot.connect()

@@ -11,7 +11,12 @@ import typer
 from doorward_bot import bot, settings
 from doorward_bot.errors import BotError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 def _print_version(value: bool) -> None:
@@ -22,7 +27,9 @@ def _print_version(value: bool) -> None:
 
 @app.command()
 def serve(
-    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Run the Discord bot, until it is told to stop.
 

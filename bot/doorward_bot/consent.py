@@ -3,6 +3,7 @@
 Whatever a user decides is recorded by the server first, and shown in the message afterwards.
 """
 
+import asyncio
 import math
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from disnake.interactions.message import MessageInteraction
 
 from doorward.keybroker.v1 import keybroker_service_pb2 as pb
 from doorward_bot import messages
-from doorward_bot.broker import Away, Broker, Refused
+from doorward_bot.broker import Away, Broker, NotAdmitted, Refused
 from doorward_bot.discord import CannotAsk, Dms, Message
 from doorward_bot.locks import Locks
 from doorward_bot.logs import Log, describe
@@ -23,6 +24,8 @@ from doorward_bot.prompts import PAGE, Place, Press, Prompt, choose, decode, end
 
 # Seconds for which a user's answer waits for a server that is away.
 _PATIENCE = 60.0
+# Seconds after which a user who has pressed something is told that it takes longer.
+_SILENCE = 4.0
 _OPEN = {pb.CONSENT_STATUS_PENDING, pb.CONSENT_STATUS_PROMPTED}
 _RECENT = 50
 _Status: TypeAlias = pb.ConsentStatus.ValueType
@@ -67,6 +70,7 @@ class Consent(commands.Cog):
             place = found or await self._send(leased, channel_id)
         except CannotAsk:
             await self._resolve(request.id, blocked=pb.Blocked())
+            await self._broker.call("ClosePrompt", pb.ClosePromptRequest(request_id=request.id))
             self._log.info("user cannot be asked", request_id=request.id)
             return
         if not await self._mark(request.id, leased.lease_epoch, place):
@@ -85,9 +89,11 @@ class Consent(commands.Cog):
 
     async def _find(self, request: pb.ConsentRequest, channel_id: int) -> Place | None:
         """Where an earlier attempt has put a prompt, as its components tell."""
-        asked_at = request.create_time.ToDatetime(UTC)
-        async for message in self._dms.history(channel_id, disnake.utils.time_snowflake(asked_at)):
-            if self._is_mine(message) and (place := _place_of(message, request.id)):
+        # The prompt was open when this request joined it, so it is older by one lifetime of a request at most.
+        asked_at, deadline = request.create_time.ToDatetime(UTC), request.deadline_time.ToDatetime(UTC)
+        since = disnake.utils.time_snowflake(asked_at - (deadline - asked_at))
+        async for message in self._dms.history(channel_id, since):
+            if self._is_mine(message) and (place := _place_of(message, request.prompt_id)):
                 return place
         return None
 
@@ -121,9 +127,17 @@ class Consent(commands.Cog):
 
     async def _close(self, request: pb.ConsentRequest, status: _Status, labels: Sequence[str] = ()) -> None:
         """Show in its message how a request ended."""
-        if (place := Place.parse(request.message)) is not None:
+        place = Place.parse(request.message) or await self._find_lost(request)
+        if place is not None:
             await self._dms.edit(place.channel_id, place.message_id, ended(request, status, labels))
         await self._broker.call("ClosePrompt", pb.ClosePromptRequest(request_id=request.id))
+
+    async def _find_lost(self, request: pb.ConsentRequest) -> Place | None:
+        """Where a prompt was put that ended before the server heard of it."""
+        try:
+            return await self._find(request, await self._dms.open(int(request.discord_user_id)))
+        except CannotAsk:
+            return None
 
     # What a user has decided
 
@@ -165,21 +179,27 @@ class Consent(commands.Cog):
         before_id = 0
         while True:
             wanted = pb.ListConsentRequestsRequest(only_prompted=True, max_requests=100, before_id=before_id)
-            answer = await self._broker.call("ListConsentRequests", wanted, patience=math.inf)
+            try:
+                answer = await self._broker.call("ListConsentRequests", wanted, patience=math.inf)
+            except NotAdmitted:  # the poller tells
+                return
             for leased in answer.requests:
-                await self._catch_up(leased.request)
+                await self._catch_up(leased)
             if not answer.requests:
                 return
             before_id = answer.requests[-1].request.id
 
-    async def _catch_up(self, request: pb.ConsentRequest) -> None:
-        if (place := Place.parse(request.message)) is None:
+    async def _catch_up(self, leased: pb.LeasedConsentRequest) -> None:
+        if (place := Place.parse(leased.request.message)) is None:
             return
         try:
-            async with self._locks.of(int(request.discord_user_id)):
-                await self._read_replies(place)
+            async with self._locks.of(int(leased.request.discord_user_id)):
+                try:
+                    await self._read_replies(place)
+                except disnake.NotFound:  # Discord has lost the prompt, as the stand-in does when it ends
+                    await self._prompt(leased)
         except disnake.HTTPException as failure:
-            self._log.warning("cannot read replies", request_id=request.id, **describe(failure))
+            self._log.warning("cannot read replies", request_id=leased.request.id, **describe(failure))
 
     async def _read_replies(self, place: Place) -> None:
         """Take what the user typed after a prompt, and what no reply of the bot's answers."""
@@ -210,8 +230,11 @@ class Consent(commands.Cog):
         answer = await self._broker.call("ListConsentRequests", wanted, patience=_PATIENCE)
         # Requests that share a prompt are one here, open ones first.
         recent = sorted(answer.requests, key=lambda leased: leased.request.status in _OPEN)
+        # Nobody answers what was not there yet.
         of_message = {
-            str(place.message_id): leased for leased in recent if (place := Place.parse(leased.request.message))
+            str(place.message_id): leased
+            for leased in recent
+            if (place := Place.parse(leased.request.message)) and place.message_id < int(message["id"])
         }
         waiting = [leased for leased in of_message.values() if leased.request.status in _OPEN]
         if replied_to := _replied_to(message):
@@ -236,7 +259,7 @@ class Consent(commands.Cog):
         except Refused:
             return messages.KEY_GONE
         if chosen is None and status == pb.CONSENT_STATUS_CANCELED:
-            return messages.INVALID_CHOICE
+            return messages.INVALID_CHOICE if any(prompt.keys) else messages.NOTHING_TO_CHOOSE
         return messages.end(status, [key.label for key in chosen or ()])
 
     def _is_mine(self, message: Message) -> bool:
@@ -253,33 +276,39 @@ class Consent(commands.Cog):
             return
         # First of all: Discord waits for three seconds. A decision counts even if this comes too late for that.
         await self._try(inter.response.defer())
+        taking = asyncio.create_task(self._take_in_turn(inter, press))
+        done, _ = await asyncio.wait([taking], timeout=_SILENCE)
+        if not done:
+            await self._try(inter.followup.send(messages.HOLD_ON, ephemeral=True))
+        if told := await taking:
+            await self._try(inter.followup.send(told, ephemeral=True))
+
+    async def _take_in_turn(self, inter: MessageInteraction[Any], press: Press) -> str | None:
         async with self._locks.of(inter.author.id):
             try:
-                told = await self._take_press(inter, press)
+                return await self._take_press(inter, press)
             except Away:
-                told = messages.AWAY
-        if told:
-            await self._try(inter.followup.send(told, ephemeral=True))
+                return messages.AWAY
 
     async def _take_press(self, inter: MessageInteraction[Any], press: Press) -> str | None:
         """Returns what to tell the user, beside what the message shows."""
         try:
-            found = await self._get(press.request_id)
+            found = await self._get(press.prompt_id)
         except Refused:
             return messages.NOT_KNOWN
         if found.request.discord_user_id != str(inter.author.id):
             return messages.NOT_YOURS
-        place = Place.parse(found.request.message) or _place_of(_raw(inter.message), press.request_id)
+        place = Place.parse(found.request.message) or _place_of(_raw(inter.message), press.prompt_id)
         if place is None:
             return messages.NOT_KNOWN
         if not found.prompt_open:
             if not found.request.message:  # nobody closes what the server does not know of
-                await self._show(press.request_id, place)
+                await self._show(press.prompt_id, place)
             return messages.LATE + messages.end(found.request.status)
         if not found.request.message:  # it was sent by a bot that died before it told the server
             # Of the keys it shows but a page; the others follow, in the order of their ids.
             place = place._replace(key_ids=_with_others(place.key_ids, found.keys))
-            await self._mark(press.request_id, found.lease_epoch, place)
+            await self._mark(press.prompt_id, found.lease_epoch, place)
             found.request.message = str(place)
         prompt = _prompt(found.request, place.key_ids, found.keys)
         if press.action in {"pick", "page"}:
@@ -300,7 +329,7 @@ class Consent(commands.Cog):
                 return None
         except Refused:  # removed at this very moment
             pass
-        await self._show(press.request_id)
+        await self._show(press.prompt_id)
         return messages.KEY_GONE
 
     async def _turn(self, inter: MessageInteraction[Any], press: Press, prompt: Prompt, place: Place) -> str | None:
@@ -360,11 +389,11 @@ def _components(message: Message) -> Iterator[dict[str, Any]]:
         yield from row.get("components", ())
 
 
-def _place_of(message: Message, request_id: int) -> Place | None:
+def _place_of(message: Message, prompt_id: int) -> Place | None:
     """Where a prompt is, when this message is that prompt."""
     components = [*_components(message)]
     presses = [Press.parse(component.get("custom_id")) for component in components]
-    if not any(press and press.request_id == request_id for press in presses):
+    if not any(press and press.prompt_id == prompt_id for press in presses):
         return None
     options = [option for component in components for option in component.get("options") or ()]
     return Place(int(message["channel_id"]), int(message["id"]), tuple(int(option["value"]) for option in options))

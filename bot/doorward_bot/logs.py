@@ -4,6 +4,7 @@ No line ever carries a token, a key or what a user wrote.
 """
 
 import logging
+import re
 import sys
 import traceback
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import structlog
 
 Log = structlog.typing.FilteringBoundLogger
+
+
+# Of disnake's lines: what stands there may be a URL that holds a token.
+_PLACEHOLDERS = re.compile(r"%[0-9.]*[a-z]")
 
 
 class _Relayed(logging.Handler):
@@ -21,7 +26,7 @@ class _Relayed(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.warning("disnake", message=str(record.msg), logger=record.name)
+        self._log.warning("disnake", message=_PLACEHOLDERS.sub("…", str(record.msg)), logger=record.name)
 
 
 def make_log(level: str) -> Log:

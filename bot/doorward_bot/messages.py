@@ -13,31 +13,36 @@ PREVIOUS = "◀ Previous"
 NEXT = "Next ▶"
 CHOOSE = "Choose the keys to share"
 
-NOT_YOURS = "These buttons are somebody else's."
+NOT_YOURS = "These buttons are for somebody else."
 AWAY = "Doorward cannot be reached right now. Nothing was decided: please answer again in a minute."
-NOT_KNOWN = "Doorward knows nothing of this request any more."
+HOLD_ON = "I have your answer, but Doorward cannot be reached right now. I keep trying for a minute."
+NOT_KNOWN = "Doorward no longer knows this request."
 INVALID_CHOICE = (
-    "That is not a valid choice, so I canceled the request: nothing is shared. Valid are `all`, or numbers of the keys."
+    "That is not a valid choice, so I canceled the request: nothing is shared. Valid are `all`, or numbers of the "
+    "keys. The application can ask you again."
 )
-SEVERAL = (
-    "More than one application is waiting for your answer: please use the buttons, or reply to one of the messages."
+NOTHING_TO_CHOOSE = (
+    "You have no keys to share, so I canceled the request. Add one with `/keys add`, then let the application ask "
+    "again. If what you typed is a key, better delete that message."
 )
+    "More than one application is waiting for your answer: please use the buttons, "
+    "or Discord's Reply on the message that you mean."
 KEY_GONE = "One of these keys is gone. Nothing was shared yet: please choose again."
 FULL = "That many cannot be selected at once. Use “Share all”, or type the numbers."
-LATE = "That request is over already: "
+LATE = "That request is already over. "
 FAILED = "Something went wrong; nothing was changed. Please try again."
 
 REMOVED = "Removed. What was not sent yet goes without this key."
 REVOKED = "Revoked. What was not sent yet goes without these keys; what the application already has, it may keep."
-BLOCKED = "Blocked. This application cannot ask you any more."
+BLOCKED = "Blocked. Requests under this registered name, or to exactly this address, do not reach you any more."
 AWAY_FOR_COMMANDS = "Doorward cannot be reached right now. Please try again in a minute."
 
 NO_KEYS = "You have no keys yet. `/keys add` adds one, for any service."
 NO_GRANTS = "You share no keys with anybody."
 MODAL_TITLE = "Add an API key"
-SERVICE, SERVICE_HINT = "Service", "What the key is for, such as gw2"
+SERVICE, SERVICE_HINT = "Service", "A short name for what the key is for, such as game"
 LABEL, LABEL_HINT = "Label", "How you will recognize it, such as “main account”"
-KEY, KEY_HINT = "Key", "It is stored sealed, and shown to nobody"
+KEY, KEY_HINT = "Key", "Stored encrypted. Only applications that you choose receive it."
 
 _MOST_LABELS = 10
 _LIKE_A_BACKTICK = "\N{MODIFIER LETTER GRAVE ACCENT}"
@@ -45,18 +50,18 @@ _ENDS = {
     pb.CONSENT_STATUS_GRANTED: ("Shared", "You shared {what}. `/sharing revoke` ends that."),
     pb.CONSENT_STATUS_CANCELED: ("Canceled", "Nothing was shared. The application is told that you canceled."),
     pb.CONSENT_STATUS_TIMED_OUT: ("Too late", "You did not answer in time, so nothing was shared."),
-    pb.CONSENT_STATUS_BLOCKED: ("Not asked", "The application is told that you cannot be asked."),
+    pb.CONSENT_STATUS_BLOCKED: ("Closed", "The application is told that you cannot be asked."),
 }
 _REASONS = {
-    "INVALID_SERVICE": "A service is named by 1 to 40 of the characters a-z, 0-9, - and _, such as `gw2`.",
-    "INVALID_LABEL": "A label has 1 to 80 visible characters.",
-    "INVALID_KEY": "That is no key: it has to have 1 to 4,096 characters, without blanks.",
+    "INVALID_SERVICE": "Nothing was stored: a service is named by 1 to 40 of a-z, 0-9, - and _, such as `gw2`.",
+    "INVALID_LABEL": "Nothing was stored: a label has 1 to 80 visible characters.",
+    "INVALID_KEY": "Nothing was stored: a key has no spaces in it.",
     "KEY_REJECTED": "The service does not accept this key, so it was not stored.",
     "KEY_EXISTS": "You have this key already.",
     "TOO_MANY_KEYS": "You have 15 keys for this service; remove one first.",
     "SERVICE_UNAVAILABLE": "The service that checks this key cannot be reached. Nothing was stored; try again later.",
     "BUSY": "Too much is going on. Nothing was stored; try again in a minute.",
-    "KEY_NOT_FOUND": "You have no such key.",
+    "KEY_NOT_FOUND": "You have no such key. Please pick one from the list.",
     "GRANT_NOT_FOUND": "You share no such keys.",
     "CONSENT_REQUEST_NOT_FOUND": "There is no such application.",
 }
@@ -97,13 +102,15 @@ def share(number: int) -> str:
 
 TITLE = "An application asks for your API keys"
 ASKS, SENT_TO, KEYS, NEXT_STEP = "Who asks", "Where the keys will be sent", "Your keys", "What happens next"
+ASKED, WERE_SENT_TO = "Who asked", "Where the keys are sent"
 
 
 def next_step(deadline: int, *, has_keys: bool) -> str:
     """`deadline` is in seconds since 1970."""
     if not has_keys:
         return (
-            "You have no keys yet: `/keys add` adds one, and it will appear here. Or press Cancel. "
+            "You have no keys yet. Use `/keys add` (do not type the key here): it will then appear in this message. "
+            "Anything that you type cancels. "
             f"Without an answer the request ends <t:{deadline}:R>."
         )
     return (
@@ -128,7 +135,9 @@ def end_title(status: pb.ConsentStatus.ValueType) -> str:
 
 def end(status: pb.ConsentStatus.ValueType, labels: Sequence[str] = ()) -> str:
     """How a request ended; `labels` are of the keys that were shared, as far as they are known."""
-    return _ENDS[status][1].format(what=_several(labels) or "keys")
+    if status == pb.CONSENT_STATUS_GRANTED and not labels:  # by the operator, or before
+        return "Keys were shared. `/sharing revoke` ends that."
+    return _ENDS[status][1].format(what=_several(labels))
 
 
 def _several(labels: Sequence[str]) -> str:

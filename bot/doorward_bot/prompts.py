@@ -29,7 +29,7 @@ class Press(NamedTuple):
     """What the `custom_id` of a component says."""
 
     action: str
-    request_id: int
+    prompt_id: int
     argument: str
 
     @classmethod
@@ -90,7 +90,11 @@ class Prompt:
 
     def _embeds(self) -> list[disnake.Embed]:
         """Two, for who asks comes first, and the description of one holds no more than the keys of a page."""
-        who = disnake.Embed(title=messages.TITLE, description="\n".join(_who(self.request)), colour=_OPEN_COLOUR)
+        lines = [
+            _line(messages.ASKS, messages.who(self.request)),
+            _line(messages.SENT_TO, messages.plain(self.request.callback_host)),
+        ]
+        who = disnake.Embed(title=messages.TITLE, description="\n".join(lines), colour=_OPEN_COLOUR)
         what = disnake.Embed(colour=_OPEN_COLOUR)
         if self._shown:
             keys = [f"**{index + 1}.** {messages.key_line(key)}" for index, key in self._shown]
@@ -135,7 +139,7 @@ class Prompt:
             custom_id=self._id("share", encode(self.selection)),
             disabled=not self.selection,
         )
-        return [selected, self._button("all", messages.SHARE_ALL, disnake.ButtonStyle.primary)]
+        return [selected, self._button("all", messages.SHARE_ALL, disnake.ButtonStyle.secondary)]
 
     def _page_button(self, page: int, label: str) -> "disnake.ui.Button[None]":
         button = self._button("page", label, disnake.ButtonStyle.secondary, str(max(page, 0)))
@@ -148,13 +152,16 @@ class Prompt:
         return disnake.ui.Button(style=style, label=label, custom_id=self._id(action, argument))
 
     def _id(self, action: str, argument: str) -> str:
-        return f"{_VERSION}:{action}:{self.request.id}:{argument}"
+        return f"{_VERSION}:{action}:{self.request.prompt_id}:{argument}"
 
 
 def ended(request: pb.ConsentRequest, status: pb.ConsentStatus.ValueType, labels: Sequence[str] = ()) -> dict[str, Any]:
     """The message of a prompt that has ended."""
-    colour = _GRANTED_COLOUR if status == pb.CONSENT_STATUS_GRANTED else _ENDED_COLOUR
-    text = "\n".join([*_who(request), "", messages.end(status, labels)])
+    is_granted = status == pb.CONSENT_STATUS_GRANTED
+    colour = _GRANTED_COLOUR if is_granted else _ENDED_COLOUR
+    who = _line(messages.ASKED, messages.who(request))
+    where = [_line(messages.WERE_SENT_TO, messages.plain(request.callback_host))] if is_granted else []
+    text = "\n".join([who, *where, "", messages.end(status, labels)])
     return message([disnake.Embed(title=messages.end_title(status), description=text, colour=colour)], [])
 
 
@@ -167,11 +174,8 @@ def message(embeds: Sequence[disnake.Embed], components: Components) -> dict[str
     }
 
 
-def _who(request: pb.ConsentRequest) -> list[str]:
-    return [
-        f"**{messages.ASKS}:** {messages.who(request)}",
-        f"**{messages.SENT_TO}:** {messages.plain(request.callback_host)}",
-    ]
+def _line(name: str, text: str) -> str:
+    return f"**{name}:** {text}"
 
 
 # Selections

@@ -50,7 +50,7 @@ class Settings(BaseSettings):
         if parts is None or parts.scheme not in {"http", "https"} or parts.query or parts.fragment:
             raise ValueError("it has to be an absolute URL, such as https://discord.com/api/v10")
         if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
-            raise ValueError("the token would go there in clear: it has to be https, but on 127.0.0.1")
+            raise ValueError("the token would go there in clear: use https; plain http is for this machine only")
         return url.rstrip("/")
 
     @field_validator("doorward_bot_server")

@@ -48,7 +48,7 @@ class Sharing(Commands):
 
     @sharing.sub_command(name="block")
     async def block(self, inter: Interaction, application: str) -> None:
-        """Keep an application from asking you again.
+        """Keep an application from asking you again; what it asks now is canceled.
 
         Parameters
         ----------
@@ -56,7 +56,10 @@ class Sharing(Commands):
         """
         await inter.response.defer(ephemeral=True)
         request = pb.BlockApplicationRequest(discord_user_id=str(inter.author.id), request_id=parse_id(application))
-        if await self._ask(inter, "BlockApplication", request) is not None:
+        if await self._ask(inter, "BlockApplication", request) is None:
+            return
+        canceled = pb.ResolveConsentRequestRequest(request_id=request.request_id, canceled=pb.Canceled())
+        if await self._ask(inter, "ResolveConsentRequest", canceled) is not None:
             await self._tell(inter, messages.BLOCKED)
 
     @block.autocomplete("application")

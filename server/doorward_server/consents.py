@@ -300,7 +300,8 @@ class Consents:
         to_send = (ConsentRequest.status == Status.PENDING) & (ConsentRequest.deadline_at > now)
         to_close = (
             ConsentRequest.finished_at.is_null(False)
-            & ConsentRequest.message.is_null(False)
+            # Whoever has leased it may have sent it, and died before telling where.
+            & (ConsentRequest.message.is_null(False) | (ConsentRequest.lease_epoch > 0))
             & ConsentRequest.message_closed_at.is_null()
             & ~fn.EXISTS(open_siblings)
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from doorward_bot import messages
 from doorward_server.delivery import Status as DeliveryStatus
 from doorward_server.models import ApiKey
 from tests.bot.conftest import Person, Scene
@@ -32,7 +33,7 @@ account_url = "{validator}/lookup"
 timeout = 1
 """
 _AWAY = "Doorward cannot be reached right now. Please try again in a minute."
-_NO_KEY = "You have no such key."
+_NO_KEY = "You have no such key. Please pick one from the list."
 _NO_GRANT = "You share no such keys."
 _NO_APPLICATION = "There is no such application."
 _LIKE_A_BACKTICK = "\N{MODIFIER LETTER GRAVE ACCENT}"
@@ -201,9 +202,9 @@ def test_the_first_command_of_a_user_leaves_no_trace(user: CommandUser) -> None:
     assert user.person.scene.stack.app.discord_users.find(user.person.user.id) is None
 
 
-_SERVICE = "A service is named by"
-_LABEL = "A label has 1 to 80 visible characters."
-_KEY = "That is no key:"
+_SERVICE = "Nothing was stored: a service is named by"
+_LABEL = "Nothing was stored: a label has 1 to 80 visible characters."
+_KEY = "Nothing was stored: a key has no spaces in it."
 
 
 @pytest.mark.parametrize(
@@ -567,7 +568,7 @@ def test_a_blocked_application_asks_no_more(user: CommandUser, scene: Scene) -> 
     assert user.choices("sharing block") == ["Friend at 127.0.0.1", "Nuisance at 127.0.0.1"]
     assert user.choices("sharing block", "friend") == ["Friend at 127.0.0.1"]
     application = user.choice("sharing block", "nuis")
-    said = "Blocked. This application cannot ask you any more."
+    said = messages.BLOCKED
     assert [user.command("sharing block", application=application) for _ in range(2)] == [said, said]
     user.person.ask("again", "Nuisance", blocked)
     user.person.ask("again", "Friend", other)

@@ -19,7 +19,7 @@ from tests.sandbox.discord.client import CannotDo, Message
 from tests.stack import basic, rest
 
 VALUES = ("value-one-1111", "value-two-2222", "value-three-3333")
-LATE = "That request is over already"
+LATE = "That request is already over"
 # As Discord's clients find inline code, in which they interpret nothing.
 _CODE = re.compile(r"(`+)(.*?[^`])\1(?!`)", re.DOTALL)
 Act = Callable[[Person, Message], object]
@@ -186,7 +186,7 @@ def test_where_the_keys_will_be_sent(person: Person, callback: str, host: str) -
 
 def test_who_has_no_keys_is_asked_and_adds_some(person: Person) -> None:
     prompt = asked(person)
-    assert "`/keys add` adds one" in prompt.text
+    assert "Use `/keys add`" in prompt.text
     assert ([button.label for button in prompt.buttons], prompt.menus) == (["Cancel"], [])
     for number, value in enumerate(VALUES[:2], 1):
         add_key(person, f"added{number}", value)
@@ -251,7 +251,7 @@ def test_share_all(person: Person) -> None:
     assert_shared(person, *VALUES)
     shown = ended(person, prompt, "Shared")
     assert "You shared `key1`, `key2`, `key3`." in shown.text
-    assert under(shown, "Who asks") == "`My super bot!` (not verified)"
+    assert under(shown, "Who asked") == "`My super bot!` (not verified)"
     assert person.user.outcome(clicked).followups == []
 
 
@@ -357,7 +357,7 @@ def test_who_has_no_keys_can_share_none(person: Person, typed: str) -> None:
     said = person.user.say(typed)
     assert_refused(person)
     ended(person, prompt, "Canceled")
-    assert "not a valid choice" in told(person, said)
+    assert "You have no keys to share" in told(person, said)
 
 
 # What changes nothing
@@ -394,7 +394,7 @@ def test_others_clicks_are_refused(person: Person, button: str | None) -> None:
         else stranger.user.select(prompt, *prompt.menu.options, forged=True)
     )
     answer = stranger.user.answer(clicked)
-    assert (answer.text, answer.ephemeral) == ("These buttons are somebody else's.", True)
+    assert (answer.text, answer.ephemeral) == ("These buttons are for somebody else.", True)
     assert_open(person, prompt)
     person.user.click(prompt, "Share selected (1)")
     assert_shared(person, VALUES[1])
@@ -509,7 +509,7 @@ def test_after_the_deadline(
     assert_refused(person, "timeout")
     assert "You did not answer in time, so nothing was shared." in ended(person, prompt, "Too late").text
     if act is not None:
-        assert act(person, prompt) == f"{LATE}: You did not answer in time, so nothing was shared."
+        assert act(person, prompt) == f"{LATE}. You did not answer in time, so nothing was shared."
     assert_refused(person, "timeout")
     assert "You did not answer in time" in ended(person, prompt, "Too late").text
 
@@ -534,7 +534,7 @@ def assert_sent(person: Person, name: str, *values: str) -> None:
 
 def test_which_of_two_is_meant_has_to_be_said(person: Person, two: tuple[Message, Message]) -> None:
     first, second = two
-    assert "please use the buttons, or reply to one" in told(person, person.user.say("1"))
+    assert "please use the buttons, or Discord's Reply" in told(person, person.user.say("1"))
     assert [request.status for request in requests_of(person)] == ["prompted", "prompted"]
     person.user.say("2", second)
     assert_sent(person, "b", VALUES[1])
@@ -710,7 +710,7 @@ def test_all_keys_are_gone(person: Person, kept: list[ApiKey], selects: bool) ->
     assert "Nothing was shared yet" in person.user.answer(person.user.click(prompt, button)).text
     prompt = person.user.await_change(prompt)
     assert ([button.label for button in prompt.buttons], prompt.menus) == (["Cancel"], [])
-    assert "`/keys add` adds one" in prompt.text
+    assert "Use `/keys add`" in prompt.text
     assert_open(person, prompt)
     add_key(person, "new", VALUES[0])
     prompt = person.user.await_change(prompt)
@@ -732,7 +732,7 @@ def test_decided_on_the_command_line(person: Person, kept: list[ApiKey], command
         assert_shared(person, VALUES[2], VALUES[0])
     else:
         assert_refused(person, {"cancel": "user canceled", "block": "user blocked verification dm"}[command])
-    title = {"cancel": "Canceled", "grant": "Shared", "block": "Not asked"}[command]
+    title = {"cancel": "Canceled", "grant": "Shared", "block": "Closed"}[command]
     person.user.await_change(prompt, lambda message: message.embeds[0]["title"] == title, patience=2)
     ended(person, prompt, title)
 

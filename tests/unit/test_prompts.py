@@ -33,7 +33,9 @@ def keys(count: int) -> list[pb.ApiKey]:
 
 
 def request(name: str = "App", host: str = "app.example", *, verified: bool = False) -> pb.ConsentRequest:
-    return pb.ConsentRequest(id=LONGEST_ID, application_name=name, verified=verified, callback_host=host)
+    return pb.ConsentRequest(
+        id=LONGEST_ID, prompt_id=LONGEST_ID, application_name=name, verified=verified, callback_host=host
+    )
 
 
 def outside(text: str) -> str:
@@ -319,7 +321,7 @@ def test_who_asks(verified: bool) -> None:
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
-        pytest.param([], "You shared keys.", id="not known"),
+        pytest.param([], "Keys were shared.", id="not known"),
         pytest.param(["a"], "You shared `a`.", id="one"),
         pytest.param([*"abcdefghij"], "You shared " + ", ".join(f"`{one}`" for one in "abcdefghij") + ".", id="ten"),
         pytest.param(["a"] * 12, "You shared " + ", ".join(["`a`"] * 10) + " and 2 more.", id="twelve"),
@@ -373,5 +375,5 @@ def test_choices_fit(labels: list[str], name: str) -> None:
 
 
 def test_refusals() -> None:
-    assert messages.refusal("KEY_NOT_FOUND") == "You have no such key."
+    assert messages.refusal("KEY_NOT_FOUND") == "You have no such key. Please pick one from the list."
     assert messages.refusal("WHATEVER") == messages.FAILED

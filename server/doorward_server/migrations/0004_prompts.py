@@ -7,7 +7,7 @@ STATEMENTS = """
 ALTER TABLE consent_requests ADD COLUMN message_closed_at BIGINT;
 UPDATE consent_requests SET message_closed_at = finished_at;
 CREATE INDEX consent_requests_closable ON consent_requests (lease_expires_at)
-    WHERE finished_at IS NOT NULL AND message IS NOT NULL AND message_closed_at IS NULL;
+    WHERE finished_at IS NOT NULL AND (message IS NOT NULL OR lease_epoch > 0) AND message_closed_at IS NULL;
 CREATE INDEX consent_requests_prompted ON consent_requests (id) WHERE status = 'prompted';
 ALTER TABLE deliveries ADD COLUMN begun INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE deliveries ADD COLUMN under_way INTEGER NOT NULL DEFAULT 0;

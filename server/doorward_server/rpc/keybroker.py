@@ -226,6 +226,7 @@ def _leased(leased: Leased) -> pb.LeasedConsentRequest:
 def _request(request: ConsentRequest) -> pb.ConsentRequest:
     return pb.ConsentRequest(
         id=request.id,
+        prompt_id=request.prompt_id or request.id,
         discord_user_id=request.discord_user,
         application_name=request.name,
         verified=request.application_id is not None,

@@ -324,6 +324,7 @@ class ConsentRequest(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DEADLINE_TIME_FIELD_NUMBER: _builtins.int
+    PROMPT_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     discord_user_id: _builtins.str
     application_name: _builtins.str
@@ -335,6 +336,8 @@ class ConsentRequest(_message.Message):
     status: Global___ConsentStatus.ValueType
     message: _builtins.str
     """Where the bot put the prompt; "" until it did."""
+    prompt_id: _builtins.int
+    """The id of the first of the requests that share the prompt."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -351,10 +354,11 @@ class ConsentRequest(_message.Message):
         message: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         deadline_time: _timestamp_pb2.Timestamp | None = ...,
+        prompt_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["application_name", b"application_name", "callback_host", b"callback_host", "create_time", b"create_time", "deadline_time", b"deadline_time", "discord_user_id", b"discord_user_id", "id", b"id", "message", b"message", "status", b"status", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["application_name", b"application_name", "callback_host", b"callback_host", "create_time", b"create_time", "deadline_time", b"deadline_time", "discord_user_id", b"discord_user_id", "id", b"id", "message", b"message", "prompt_id", b"prompt_id", "status", b"status", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
