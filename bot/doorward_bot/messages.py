@@ -25,8 +25,10 @@ NOTHING_TO_CHOOSE = (
     "You have no keys to share, so I canceled the request. Add one with `/keys add`, then let the application ask "
     "again. If what you typed is a key, better delete that message."
 )
-    "More than one application is waiting for your answer: please use the buttons, "
-    "or Discord's Reply on the message that you mean."
+SEVERAL = (
+    "More than one application is waiting for your answer: please use the buttons, or Discord's Reply on the message "
+    "that you mean."
+)
 KEY_GONE = "One of these keys is gone. Nothing was shared yet: please choose again."
 FULL = "That many cannot be selected at once. Use “Share all”, or type the numbers."
 LATE = "That request is already over. "
