@@ -82,7 +82,7 @@ class Consent(commands.Cog):
     async def _send(self, leased: pb.LeasedConsentRequest, channel_id: int) -> Place:
         payload = Prompt(leased.request, leased.keys).payload()
         message_id = await self._dms.send(
-            channel_id, payload, nonce=f"{leased.request.id}-{leased.request.create_time.seconds}"
+            channel_id, payload, nonce=f"{leased.request.prompt_id}-{leased.request.create_time.seconds}"
         )
         self._log.info("prompted", request_id=leased.request.id)
         return Place(channel_id, message_id, tuple(key.id for key in leased.keys))

@@ -31,7 +31,7 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
 from doorward_server.settings import GrpcSection, JobsSection
-from tests.bench import claiming, consenting, delivering, linking, load, stack
+from tests.bench import claiming, consenting, delivering, linking, load, prompting, stack
 from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
@@ -50,6 +50,9 @@ _LEAST_OF_INSERT = 0.7
 _LEAST_OF_POST = 0.6
 _LEAST_OF_SMALL = 1 / 1.5
 _MOST_FOR_BASIC = 60e-6
+_MOST_TO_PROMPT = 30.0, 150.0  # milliseconds: p50, p99
+_MOST_AMONG_OTHERS = 1.2
+_MOST_BOT_MEMORY = 150_000_000
 _FLAT_WITHIN = 1.2
 _MOST_MEMORY = 120_000_000
 
@@ -73,6 +76,7 @@ class Options:
     many: int
     rounds: int
     seconds: float
+    prompting: float
 
 
 # The contenders
@@ -162,6 +166,7 @@ class Outcome:
     post: Contender
     deliver: Contender
     claims: Sequence[Contender]
+    prompts: prompting.Outcome
 
 
 def _run(options: Options, say: Callable[[str], None]) -> Outcome:
@@ -211,8 +216,22 @@ def _run(options: Options, say: Callable[[str], None]) -> Outcome:
         say("claims")
         claims = enter(claiming.contenders(folder, finished=options.many, waiting=options.many // 10))
         _measure_rounds(claims, options, say)
+        say("prompts")
+        prompts = prompting.measure(folder, server_core, load_core, say=say, seconds=options.prompting)
         return Outcome(
-            *contenders, rest, envoy_cpu_per_answer, resident, get, link, basic, insert, accept, post, deliver, claims
+            *contenders,
+            rest,
+            envoy_cpu_per_answer,
+            resident,
+            get,
+            link,
+            basic,
+            insert,
+            accept,
+            post,
+            deliver,
+            claims,
+            prompts,
         )
 
 
@@ -282,7 +301,22 @@ def _table(outcome: Outcome) -> Table:
     _compare(table, outcome.deliver, outcome.post, "POST", _LEAST_OF_POST)
     for small, large in zip(outcome.claims[::2], outcome.claims[1::2], strict=True):
         _compare(table, large, small, "small", _LEAST_OF_SMALL)
+    _add_prompts(table, outcome.prompts)
     return table
+
+
+def _add_prompts(table: Table, prompts: prompting.Outcome) -> None:
+    median, worst = prompting.percentiles(prompts.alone)
+    in_time = median <= _MOST_TO_PROMPT[0] and worst <= _MOST_TO_PROMPT[1]
+    target = "≤ {:.0f} / {:.0f} ms".format(*_MOST_TO_PROMPT)
+    table.add_row("OK to the prompt, p50 / p99", f"{median:.0f} / {worst:.0f} ms", "", target, _mark(in_time))
+    flat = prompts.ratio <= _MOST_AMONG_OTHERS
+    table.add_row(
+        "  among 10,000 open ones", "", f"{prompts.ratio:.2f} of alone", f"≤ {_MOST_AMONG_OTHERS}", _mark(flat)
+    )
+    memory = f"{prompts.memory_after / 2**20:.0f} MiB"
+    small = prompts.memory_after <= _MOST_BOT_MEMORY
+    table.add_row(f"the bot's memory after {prompts.consents:,}", memory, "", "≤ 150 MB", _mark(small))
 
 
 def _compare(table: Table, contender: Contender, reference: Contender, called: str, least: float) -> None:
@@ -325,8 +359,8 @@ def _options() -> Options:
     parser.add_argument("--quick", action="store_true", help="100,000 connections, 3 short rounds")
     parser.add_argument("--seconds", type=float, help="the length of a contender's turn in a round")
     given = parser.parse_args()
-    many, rounds, seconds = (100_000, 3, 1.0) if given.quick else (1_000_000, 9, 3.0)
-    return Options(1_000, many, rounds, given.seconds or seconds)
+    many, rounds, seconds, prompting_seconds = (100_000, 3, 1.0, 10.0) if given.quick else (1_000_000, 9, 3.0, 60.0)
+    return Options(1_000, many, rounds, given.seconds or seconds, prompting_seconds)
 
 
 def main() -> int:
