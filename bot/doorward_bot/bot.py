@@ -154,6 +154,9 @@ async def _discord(bot: Bot, token: str, log: Log) -> None:
             reason = f"HTTP {failure.status}"
         except (TimeoutError, OSError, aiohttp.ClientError, disnake.GatewayNotFound) as failure:
             reason = type(failure).__name__
+        except Exception as failure:  # noqa: BLE001 - Discord answers with nonsense: it may come to its senses
+            log.error("Discord makes no sense", **describe(failure))
+            reason = type(failure).__name__
         else:
             return
         await bot.http.close()

@@ -18,6 +18,7 @@ from doorward_bot.errors import BotError
 Answer = TypeVar("Answer")
 # A server that hangs is noticed within some ten seconds; without `ping_timeout_ms` only after a minute.
 _OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # it would see the token and the keys
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),

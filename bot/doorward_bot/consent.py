@@ -26,8 +26,12 @@ from doorward_bot.prompts import PAGE, Place, Press, Prompt, choose, decode, end
 _PATIENCE = 60.0
 # Seconds after which a user who has pressed something is told that it takes longer.
 _SILENCE = 4.0
+# Seconds for which Discord itself waits.
+_ACKNOWLEDGED = 3.0
+_KEY_GONE = "KEY_NOT_FOUND"
+_PEOPLES = {disnake.MessageType.default.value, disnake.MessageType.reply.value}
 _OPEN = {pb.CONSENT_STATUS_PENDING, pb.CONSENT_STATUS_PROMPTED}
-_RECENT = 50
+_RECENT = 100
 _Status: TypeAlias = pb.ConsentStatus.ValueType
 
 
@@ -141,24 +145,24 @@ class Consent(commands.Cog):
 
     # What a user has decided
 
-    async def _decide(self, prompt: Prompt, chosen: Sequence[pb.ApiKey] | None) -> _Status:
+    async def _decide(self, prompt: Prompt, chosen: Sequence[pb.ApiKey] | None) -> pb.ResolveConsentRequestResponse:
         """Share keys, or cancel; returns how the request ended, now or before. Raises Refused when a key is gone."""
         if chosen is None:
-            status = await self._resolve(prompt.request.id, canceled=pb.Canceled())
+            outcome = await self._resolve(prompt.request.id, canceled=pb.Canceled())
         else:
             granted = pb.GrantedKeys(key_ids=[key.id for key in chosen])
-            status = await self._resolve(prompt.request.id, granted=granted)
-        self._log.info("decided", request_id=prompt.request.id, status=pb.ConsentStatus.Name(status))
+            outcome = await self._resolve(prompt.request.id, granted=granted)
+        self._log.info("decided", request_id=prompt.request.id, status=pb.ConsentStatus.Name(outcome.status))
+        labels = [key.label for key in chosen or ()] if outcome.decided else []
         try:
-            await self._close(prompt.request, status, [key.label for key in chosen or ()])
-        except (Away, disnake.HTTPException) as failure:  # the server gives it out again, to be closed
+            await self._close(prompt.request, outcome.status, labels)
+        except Exception as failure:  # noqa: BLE001 - it counts all the same; the server gives it out to be closed
             self._log.warning("cannot show the outcome", request_id=prompt.request.id, **describe(failure))
-        return status
+        return outcome
 
-    async def _resolve(self, request_id: int, **outcome: Any) -> _Status:
+    async def _resolve(self, request_id: int, **outcome: Any) -> pb.ResolveConsentRequestResponse:
         wanted = pb.ResolveConsentRequestRequest(request_id=request_id, **outcome)
-        answer = await self._broker.call("ResolveConsentRequest", wanted, patience=_PATIENCE)
-        return answer.status  # type: ignore[no-any-return]
+        return await self._broker.call("ResolveConsentRequest", wanted, patience=_PATIENCE)  # type: ignore[no-any-return]
 
     async def _get(self, request_id: int) -> pb.GetConsentRequestResponse:
         wanted = pb.GetConsentRequestRequest(request_id=request_id)
@@ -169,7 +173,7 @@ class Consent(commands.Cog):
     @commands.Cog.listener()
     async def on_message(self, message: disnake.Message) -> None:
         """Only people's direct messages matter."""
-        if message.guild is None and not message.author.bot:
+        if message.guild is None and not message.author.bot and message.type.value in _PEOPLES:
             async with self._locks.of(message.author.id):
                 await self._take_typed(_raw(message))
 
@@ -207,7 +211,7 @@ class Consent(commands.Cog):
         async for message in self._dms.history(place.channel_id, place.message_id):
             if self._is_mine(message):
                 typed.pop(_replied_to(message), None)
-            else:
+            elif message["type"] in _PEOPLES:
                 typed[message["id"]] = message
         for message in typed.values():
             await self._take_typed(message)
@@ -218,6 +222,8 @@ class Consent(commands.Cog):
             told = await self._answer_typed(message, prompt) if isinstance(prompt, Prompt) else prompt
         except Away:
             told = messages.AWAY
+        except Refused:
+            told = messages.FAILED
         if told:
             try:
                 await self._dms.reply(message, told)
@@ -226,17 +232,26 @@ class Consent(commands.Cog):
 
     async def _prompt_for(self, message: Message) -> Prompt | str | None:
         """The prompt that a message answers: which it replies to, or the only open one; or what to tell the user."""
-        wanted = pb.ListConsentRequestsRequest(discord_user_id=message["author"]["id"], max_requests=_RECENT)
-        answer = await self._broker.call("ListConsentRequests", wanted, patience=_PATIENCE)
-        # Requests that share a prompt are one here, open ones first.
-        recent = sorted(answer.requests, key=lambda leased: leased.request.status in _OPEN)
+        requests = [
+            leased
+            for only_prompted in (False, True)  # however many have ended since, none that is open is overlooked
+            for leased in await self._requests_of(message["author"]["id"], only_prompted=only_prompted)
+        ]
+        # Requests that share a prompt are one here: the open one, or the last to end.
+        recent = sorted(requests, key=lambda one: one.request.finish_time.ToNanoseconds() or math.inf)
         # Nobody answers what was not there yet.
         of_message = {
             str(place.message_id): leased
             for leased in recent
             if (place := Place.parse(leased.request.message)) and place.message_id < int(message["id"])
         }
-        waiting = [leased for leased in of_message.values() if leased.request.status in _OPEN]
+        # Those that waited when it was typed, for it may be found much later.
+        typed_at = disnake.utils.snowflake_time(int(message["id"])).timestamp()
+        waiting = [
+            leased
+            for leased in of_message.values()
+            if leased.request.status in _OPEN or leased.request.finish_time.ToMilliseconds() / 1000 > typed_at
+        ]
         if replied_to := _replied_to(message):
             if replied_to in of_message:
                 waiting = [of_message[replied_to]]
@@ -252,15 +267,24 @@ class Consent(commands.Cog):
         place = Place.parse(request.message)
         return _prompt(request, place.key_ids if place else (), waiting[0].keys)
 
+    async def _requests_of(self, user_id: str, *, only_prompted: bool) -> Sequence[pb.LeasedConsentRequest]:
+        wanted = pb.ListConsentRequestsRequest(
+            discord_user_id=user_id, only_prompted=only_prompted, max_requests=_RECENT
+        )
+        answer = await self._broker.call("ListConsentRequests", wanted, patience=_PATIENCE)
+        return answer.requests  # type: ignore[no-any-return]
+
     async def _answer_typed(self, message: Message, prompt: Prompt) -> str:
         chosen = parse_answer(message["content"], prompt.keys)
         try:
-            status = await self._decide(prompt, chosen)
-        except Refused:
-            return messages.KEY_GONE
-        if chosen is None and status == pb.CONSENT_STATUS_CANCELED:
+            outcome = await self._decide(prompt, chosen)
+        except Refused as refused:
+            return _sorry(refused)
+        if not outcome.decided:
+            return messages.LATE + messages.end(outcome.status)
+        if chosen is None:
             return messages.INVALID_CHOICE if any(prompt.keys) else messages.NOTHING_TO_CHOOSE
-        return messages.end(status, [key.label for key in chosen or ()])
+        return messages.end(outcome.status, [key.label for key in chosen])
 
     def _is_mine(self, message: Message) -> bool:
         return int(message["author"]["id"]) == self._bot.user.id
@@ -294,15 +318,15 @@ class Consent(commands.Cog):
         """Returns what to tell the user, beside what the message shows."""
         try:
             found = await self._get(press.prompt_id)
-        except Refused:
-            return messages.NOT_KNOWN
+        except Refused as refused:
+            return messages.NOT_KNOWN if refused.reason == "CONSENT_REQUEST_NOT_FOUND" else messages.FAILED
         if found.request.discord_user_id != str(inter.author.id):
             return messages.NOT_YOURS
         place = Place.parse(found.request.message) or _place_of(_raw(inter.message), press.prompt_id)
         if place is None:
             return messages.NOT_KNOWN
         if not found.prompt_open:
-            if not found.request.message:  # nobody closes what the server does not know of
+            if await self._dms.can_be_pressed(place.channel_id, place.message_id):  # somebody's edit was late
                 await self._show(press.prompt_id, place)
             return messages.LATE + messages.end(found.request.status)
         if not found.request.message:  # it was sent by a bot that died before it told the server
@@ -327,14 +351,15 @@ class Consent(commands.Cog):
             if not is_gone:
                 await self._decide(prompt, there)
                 return None
-        except Refused:  # removed at this very moment
-            pass
+        except Refused as refused:
+            if refused.reason != _KEY_GONE:
+                return messages.FAILED
         await self._show(press.prompt_id)
         return messages.KEY_GONE
 
     async def _turn(self, inter: MessageInteraction[Any], press: Press, prompt: Prompt, place: Place) -> str | None:
         """Show another selection, or another page; what is selected stands in the message."""
-        page = min(int(press.argument), max(0, len(prompt.keys) - 1) // PAGE)
+        page = min(int(press.argument or 0), max(0, len(prompt.keys) - 1) // PAGE)
         prompt = replace(prompt, page=page, selection=_selection(_raw(inter.message), len(prompt.keys)))
         if press.action == "pick":
             selection = choose(prompt, [int(value) for value in inter.values or ()])
@@ -345,11 +370,15 @@ class Consent(commands.Cog):
         return None
 
     async def _try(self, step: Awaitable[Any]) -> None:
-        """Discord may have forgotten the interaction: what was decided counts all the same."""
+        """Discord may have forgotten the interaction, or hang: what was decided counts all the same."""
         try:
-            await step
-        except (disnake.HTTPException, disnake.InteractionException) as failure:
+            await asyncio.wait_for(step, _ACKNOWLEDGED)
+        except Exception as failure:  # noqa: BLE001
             self._log.warning("interaction lost", **describe(failure))
+
+
+def _sorry(refused: Refused) -> str:
+    return messages.KEY_GONE if refused.reason == _KEY_GONE else messages.FAILED
 
 
 def _with_others(key_ids: Sequence[int], keys: Sequence[pb.ApiKey]) -> tuple[int, ...]:

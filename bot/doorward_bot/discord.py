@@ -74,6 +74,15 @@ class Dms:
             raise
         return True
 
+    async def can_be_pressed(self, channel_id: int, message_id: int) -> bool:
+        """Whether a message shows buttons, or a menu."""
+        try:
+            async with self._pace:
+                message = await self._http.get_message(channel_id, message_id)
+        except disnake.NotFound:
+            return False
+        return bool(message.get("components"))
+
     async def history(self, channel_id: int, after: int) -> AsyncIterator[Message]:
         """The messages of a channel after an id (of a message, or a time), the oldest first."""
         while True:

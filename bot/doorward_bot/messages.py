@@ -60,7 +60,7 @@ _REASONS = {
     "INVALID_KEY": "Nothing was stored: a key has no spaces in it.",
     "KEY_REJECTED": "The service does not accept this key, so it was not stored.",
     "KEY_EXISTS": "You have this key already.",
-    "TOO_MANY_KEYS": "You have 15 keys for this service; remove one first.",
+    "TOO_MANY_KEYS": "You have 15 keys for this service, or 200 in all; remove one first.",
     "SERVICE_UNAVAILABLE": "The service that checks this key cannot be reached. Nothing was stored; try again later.",
     "BUSY": "Too much is going on. Nothing was stored; try again in a minute.",
     "KEY_NOT_FOUND": "You have no such key. Please pick one from the list.",

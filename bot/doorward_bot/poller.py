@@ -15,6 +15,8 @@ _AT_ONCE = 16
 _WAIT_SECONDS = 20.0
 # Longer than disnake tries again when Discord fails: some 25 seconds.
 _LEASE_SECONDS = 60
+# Discord may hang; a prompt that took longer is leased again anyway.
+_LONGEST_TAKE = 45.0
 
 
 class Poller:
@@ -56,7 +58,8 @@ class Poller:
 
     async def _take(self, leased: pb.LeasedConsentRequest) -> None:
         try:
-            await self._consent.take(leased)
+            async with asyncio.timeout(_LONGEST_TAKE):
+                await self._consent.take(leased)
         except (Away, Refused, disnake.HTTPException, OSError) as failure:
             status = getattr(failure, "status", None)
             self._log.warning("prompt failed", request_id=leased.request.id, status=status, **describe(failure))

@@ -17,9 +17,12 @@ from doorward_bot import messages
 
 PAGE = 25
 _VERSION = "dw1"
-_BUTTON = re.compile(rf"{_VERSION}:(pick|page|share|all|cancel):([0-9]{{1,19}}):([0-9A-Za-z_-]*)")
+_BUTTON = re.compile(
+    rf"{_VERSION}:(?:(pick|page):([0-9]{{1,19}}):([0-9]{{1,4}})|(share|all|cancel):([0-9]{{1,19}}):([0-9A-Za-z_-]*))"
+)
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-"
 _LONGEST_ID = 100
+_LARGEST_ID = 2**63 - 1
 _NUMBERS = re.compile(r"[0-9]{1,9}(?:[, ]+[0-9]{1,9})*")
 _OPEN_COLOUR, _ENDED_COLOUR, _GRANTED_COLOUR = 0x5865F2, 0x80848E, 0x248046
 Components = list[Any]
@@ -36,7 +39,10 @@ class Press(NamedTuple):
     def parse(cls, custom_id: str | None) -> Self | None:
         """None: it is not of a prompt."""
         match = _BUTTON.fullmatch(custom_id or "")
-        return cls(match[1], int(match[2]), match[3]) if match else None
+        if match is None:
+            return None
+        action, prompt_id, argument = (part for part in match.groups() if part is not None)
+        return cls(action, int(prompt_id), argument) if int(prompt_id) <= _LARGEST_ID else None
 
 
 class Place(NamedTuple):

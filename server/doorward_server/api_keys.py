@@ -27,7 +27,7 @@ from doorward_server.models import ApiKey, User
 from doorward_server.validators import is_service
 
 _VALUE = "SELECT id, value FROM api_keys WHERE id = ?"
-_MOST_KEYS = 15
+_MOST_KEYS, _MOST_IN_ALL = 15, 200
 _LONGEST_LABEL = 80
 _LONGEST_VALUE = 4096
 _SHOWN = 4
@@ -115,7 +115,7 @@ class ApiKeys:
         rows = self._of(user, service)
         if any(self._open(row) == value for row in rows):
             raise KeyExists
-        if len(rows) >= _MOST_KEYS:
+        if len(rows) >= _MOST_KEYS or len(self._of(user, None)) >= _MOST_IN_ALL:
             raise TooManyKeys
 
     def _open(self, key: ApiKey) -> str:

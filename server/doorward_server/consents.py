@@ -7,7 +7,7 @@ Owns the tables `consent_requests`, `grants`, `grant_keys` and `application_bloc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
@@ -55,15 +55,18 @@ _HOUR = timedelta(hours=1)
 # How long a user who has blocked an application seems to think about it, in seconds.
 _FEIGNED_THOUGHT = (5.0, 60.0)
 _LONGEST_POLL = 0.25
+# Requests that may share a prompt, one after another.
+_MOST_OF_PROMPT = 10
 
 _OPEN = """
-SELECT id, prompt_id, state, status, message, lease_epoch, lease_expires_at FROM consent_requests
+SELECT id, prompt_id, state, name, status, message, lease_epoch, lease_expires_at FROM consent_requests
 WHERE discord_user = ? AND callback = ? AND finished_at IS NULL ORDER BY id
 """
 _PROMPTS = """
 SELECT count(DISTINCT prompt_id) FROM consent_requests
 WHERE discord_user = ? AND finished_at IS NULL AND (application_id IS NULL) = ?
 """
+_OF_PROMPT = "SELECT count(*) FROM consent_requests WHERE prompt_id = ?"
 _OF_ADDRESS = "SELECT count(*) FROM consent_requests WHERE address = ? AND created_at > ?"
 _OF_APPLICATION = "SELECT count(*) FROM consent_requests WHERE application_id = ? AND created_at > ?"
 _IS_BLOCKED = """
@@ -207,12 +210,16 @@ class Consents:
         for request_id, _prompt, state, *_ in together:
             if state == asking.state:
                 return int(request_id)
+        if together:
+            # The user was shown the first name, and is asked no longer than for so many.
+            asking = replace(asking, name=together[0][3])
+            self._check_limit(_MOST_OF_PROMPT, _OF_PROMPT, (together[0][1],), self.lifetime)
         self._check_limits(asking, joins=bool(together))
         deadline = now + self.lifetime
         is_blocked = self.database.execute(_IS_BLOCKED, (asking.discord_user, asking.sender)) is not None
         # Whoever is blocked is not told so, and nobody is asked: it is never leased.
         prompt_id, status, message, epoch, lease_end = (
-            (together[0][1], *together[0][3:])
+            (together[0][1], *together[0][4:])
             if together
             else (None, Status.PENDING, None, 0, to_micros(deadline if is_blocked else now))
         )
@@ -298,6 +305,7 @@ class Consents:
             sibling.prompt_id == ConsentRequest.prompt_id, sibling.finished_at.is_null()
         )
         to_send = (ConsentRequest.status == Status.PENDING) & (ConsentRequest.deadline_at > now)
+        first_time = ConsentRequest.lease_epoch == 0
         to_close = (
             ConsentRequest.finished_at.is_null(False)
             # Whoever has leased it may have sent it, and died before telling where.
@@ -309,12 +317,15 @@ class Consents:
             ConsentRequest.select(ConsentRequest.prompt_id)
             .where(wanted, ConsentRequest.lease_expires_at <= now)
             .order_by(ConsentRequest.lease_expires_at, ConsentRequest.id)
-            for wanted in (to_send, to_close)
+            for wanted in (to_send & first_time, to_close, to_send & ~first_time)
         ]
         if not any(self.database.fetch_all(query.limit(1)) for query in due):
             return []
         with self.database.writing():
-            prompts = dict.fromkeys(row.prompt_id for query in due for row in query.limit(most))
+            # Those that failed before leave some room, for they may fail again, and slowly.
+            limits = (most, most, max(1, most // 2))
+            rows = [row for query, limit in zip(due, limits, strict=True) for row in query.limit(limit)]
+            prompts = dict.fromkeys(row.prompt_id for row in rows)
             return [self._lease_prompt(prompt_id, now + lease) for prompt_id in [*prompts][:most]]
 
     def _lease_prompt(self, prompt_id: int | None, until: datetime) -> Leased:

@@ -226,7 +226,7 @@ class NoKeyLeft(FailedPrecondition):
 
 class TooManyKeys(FailedPrecondition):
     reason = "TOO_MANY_KEYS"
-    message = "there are 15 keys for this service, which is the most: remove one first"
+    message = "there are 15 keys for this service, or 200 in all, which is the most: remove one first"
 
 
 class TooManyIdentities(FailedPrecondition):

@@ -245,6 +245,21 @@ def test_the_deadline(world: World) -> None:
     assert world.lease() == []
 
 
+def test_a_joined_request_has_the_name_that_the_user_was_shown(world: World) -> None:
+    world.ask(name="Shown", state="one")
+    joined = world.ask(name="Never shown", state="two")
+    assert world.consents.get(joined).name == "Shown"
+
+
+def test_not_for_ever_do_requests_join_a_prompt(world: World) -> None:
+    """Else its user would be asked without end, and its buttons would outlive what it says."""
+    for number in range(10):
+        world.ask(state=str(number))
+    with pytest.raises(TooManyRequests):
+        world.ask(state="10")
+    world.ask(callback=f"{CALLBACK}/other", state="10")
+
+
 def test_a_joined_request_has_its_own_deadline(world: World) -> None:
     first = world.ask(state="one")
     world.clock.advance(timedelta(seconds=300))

@@ -105,7 +105,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         resolved = self.consents.resolve(
             request.request_id, outcome, request.granted.key_ids, actor=service_name(), closes_within=_CLOSING
         )
-        return pb.ResolveConsentRequestResponse(status=_status(resolved.status))
+        return pb.ResolveConsentRequestResponse(status=_status(resolved.status), decided=bool(resolved.ids))
 
     def GetConsentRequest(
         self, request: pb.GetConsentRequestRequest, context: grpc.ServicerContext
@@ -235,6 +235,7 @@ def _request(request: ConsentRequest) -> pb.ConsentRequest:
         message=request.message or "",
         create_time=timestamp(request.created_at),
         deadline_time=timestamp(request.deadline_at),
+        finish_time=timestamp(request.finished_at),
     )
 
 

@@ -325,6 +325,7 @@ class ConsentRequest(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DEADLINE_TIME_FIELD_NUMBER: _builtins.int
     PROMPT_ID_FIELD_NUMBER: _builtins.int
+    FINISH_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     discord_user_id: _builtins.str
     application_name: _builtins.str
@@ -342,6 +343,10 @@ class ConsentRequest(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def finish_time(self) -> _timestamp_pb2.Timestamp:
+        """Unset while the request is open."""
+
     def __init__(
         self,
         *,
@@ -355,10 +360,11 @@ class ConsentRequest(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         deadline_time: _timestamp_pb2.Timestamp | None = ...,
         prompt_id: _builtins.int = ...,
+        finish_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "finish_time", b"finish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["application_name", b"application_name", "callback_host", b"callback_host", "create_time", b"create_time", "deadline_time", b"deadline_time", "discord_user_id", b"discord_user_id", "id", b"id", "message", b"message", "prompt_id", b"prompt_id", "status", b"status", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["application_name", b"application_name", "callback_host", b"callback_host", "create_time", b"create_time", "deadline_time", b"deadline_time", "discord_user_id", b"discord_user_id", "finish_time", b"finish_time", "id", b"id", "message", b"message", "prompt_id", b"prompt_id", "status", b"status", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -609,16 +615,20 @@ class ResolveConsentRequestResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATUS_FIELD_NUMBER: _builtins.int
+    DECIDED_FIELD_NUMBER: _builtins.int
     status: Global___ConsentStatus.ValueType
     """How the request ended, by this call or an earlier one."""
+    decided: _builtins.bool
+    """Whether it was this call."""
     def __init__(
         self,
         *,
         status: Global___ConsentStatus.ValueType = ...,
+        decided: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided", b"decided", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
