@@ -248,7 +248,9 @@ def test_the_same_key_twice(user: CommandUser) -> None:
 
 def test_the_16th_key_of_a_service(user: CommandUser) -> None:
     fill(user.person, 15)
-    assert user.add("game", "one more", "the-16th-value") == "You have 15 keys for this service, or 200 in all; remove one first."
+    assert user.add("game", "one more", "the-16th-value").startswith(
+        "You have 15 keys for this service, or 200 in all;"
+    )
     assert user.add("other", "one more", "the-16th-value").startswith("Added")
     key = user.choice("keys remove", "key15 ")
     assert user.command("keys remove", key=key).startswith("Removed.")
