@@ -14,10 +14,12 @@ SESSION=$(.venv/bin/doorward session create --user ada)
 CODE=$(curl -sSL -d '{consent}' {provider}/authorize)
 COOKIE="Cookie: doorward_session=$SESSION" JSON='Content-Type: application/json'
 FLO={gateway}/api/v1/users/me/integrations/kai/flo
-curl -sS -H "$COOKIE" -H "$JSON" -d "{{\\"code\\": \\"$CODE\\"}}" $FLO/oauth2callback
-curl -sS -H "$COOKIE" $FLO
+curl -sS -w '\\n' -H "$COOKIE" -H "$JSON" -d "{{\\"code\\": \\"$CODE\\"}}" $FLO/oauth2callback
+curl -sS -w '\\n' -H "$COOKIE" $FLO
 Or ask a Discord user for API keys{answer}:
-curl -sS -d 'name=My super bot!&userid=80351110224678912&state=xyz&callback={receiver}/callback' {gateway}/requestapikey
+ADA=80351110224678912 ASK='name=My super bot!&state=xyz&callback={receiver}/callback'
+echo EXAMPLE-KEY-1 | .venv/bin/doorward key add --discord-user $ADA --service game --label main --value-stdin
+curl -sS -w '\\n' -d "$ASK&userid=$ADA" {gateway}/requestapikey
 Ctrl-C stops everything.\
 """
 
