@@ -47,7 +47,7 @@ NOTHING_LEFT = "user canceled"
 _GONE = 410
 _LONGEST_RETRY_AFTER = 24 * 3600.0
 _UNTIL_ENABLED = timedelta(minutes=1)
-# Whose cap counts for deliveries to those who are not registered.
+# Whose cap counts for deliveries to those who are not registered, and have not just answered quickly.
 STRANGERS = "(strangers)"
 # No attempts: others' requests to the host are under way, or the machine slept.
 _NOT_TRIED = {Busy.reason, "SUSPENDED"}
@@ -94,7 +94,7 @@ WHERE id = ? AND status = 'queued'
 """
 # An attempt that was late may still say that the delivery was sent, but not that it was not.
 _FINISH = """
-UPDATE deliveries SET status = ?1, attempts = ?2, next_attempt_at = NULL, finished_at = ?3
+UPDATE deliveries SET status = ?1, attempts = ?2, next_attempt_at = NULL, finished_at = ?3, under_way = 0
 WHERE id = ?4 AND (status = 'queued' OR ?1 = 'sent')
 """
 
@@ -175,6 +175,11 @@ class Paces:
         """An answer of a host's took so long."""
         with self._lock:
             self._seconds[host] = seconds
+
+    def is_quick(self, host: str) -> bool:
+        """Whether its last answer came soon."""
+        with self._lock:
+            return self._seconds.get(host, _FIRST_TURN) < _FIRST_TURN
 
     def turn(self, host: str) -> timedelta:
         """How long to wait for a turn, more or less."""
@@ -272,8 +277,9 @@ class Deliveries:
 
     def _post(self, due: "_Due", message: Message) -> "_Attempted":
         host = host_of(due.callback)
-        # Together, strangers leave some threads to registered applications.
-        peers = (host,) if due.application_id is not None else (host, STRANGERS)
+        # Strangers that may hang leave, together, some threads to others.
+        is_trusted = due.application_id is not None or self.paces.is_quick(host)
+        peers = (host,) if is_trusted else (host, STRANGERS)
         started, clock = self.clock.now(), time.monotonic()
         receipt, failure, nothing_was_sent = None, None, False
         try:
@@ -290,11 +296,11 @@ class Deliveries:
 
     def _record(self, due: "_Due", attempted: "_Attempted", key_ids: Sequence[int]) -> PutOff | None:
         """Write down how an attempt went, inside a transaction; returns when to try again, None when it is over."""
-        self.database.execute(_RETURNED, (due.id, due.begun))
         if attempted.nothing_was_sent:
             self.database.execute(_AS_BEFORE, (due.carried_keys, due.id, due.begun))
             key_ids = []
         if attempted.failure in _NOT_TRIED:
+            self.database.execute(_RETURNED, (due.id, due.begun))
             return PutOff(self.paces.turn(host_of(due.callback)), attempted.failure, is_turn=True)
         status, now = attempted.status, self.clock.now()
         started = to_micros(attempted.started_at)
@@ -310,6 +316,7 @@ class Deliveries:
         if delay is None:
             self._abandon(due, due.attempts + 1, reason)
             return None
+        self.database.execute(_RETURNED, (due.id, due.begun))
         self.database.execute(_WAIT, (to_micros(now + delay), bool(key_ids), due.id))
         return PutOff(delay, reason)
 

@@ -19,6 +19,7 @@ from tests.processes import BIN, await_condition, free_port, running
 
 _USER = "80351110224678912"
 _PER_SECOND = 800
+_OF_PROMPT = 10
 _SETTINGS = """
 [callbacks]
 allow = ["127.0.0.1:{port}"]
@@ -58,7 +59,7 @@ def contenders(folder: Path, work_core: int, load_core: int, *, threads: int) ->
                 running([BIN / "doorward", "work"], folder / "work.log", {"DOORWARD_HOME": str(home)})
             )
         process = psutil.Process(worker.pid)
-        states = itertools.count(1)
+        prompts = itertools.count(1)
 
         def queued() -> int:
             row = app.database.fetch_one(_QUEUED, ())
@@ -67,18 +68,24 @@ def contenders(folder: Path, work_core: int, load_core: int, *, threads: int) ->
 
         def run(seconds: float) -> Sample:
             number = round(seconds * _PER_SECOND)
-            # Requests of one callback are answered together.
-            ids = [
-                app.consents.request(Question("bench", _USER, url, f"{next(states)}"), None, "") for _ in range(number)
-            ]
+            process.suspend()  # it looks for jobs, and there are none: it holds nothing that others wait for
+            for _ in range(number // _OF_PROMPT):
+                # Requests of one callback are answered together.
+                callback = f"{url}/{next(prompts)}"
+                asked = [Question("bench", _USER, callback, f"{state}") for state in range(_OF_PROMPT)]
+                ids = [app.consents.request(question, None, "") for question in asked]
+                app.consents.resolve(ids[0], Status.GRANTED, [key.id], actor="bench")
             before = stack.cpu_seconds(process)
-            app.consents.resolve(ids[0], Status.GRANTED, [key.id], actor="bench")
+            process.resume()
             # The worker looks for other processes' jobs twice a second: its clock starts when it has found them.
             await_condition(lambda: queued() < number, "the first delivery")
-            left, started = queued(), time.perf_counter()
+            first, started = queued(), time.perf_counter()
+            # To a tenth: the last ones wait for their turn, and leave the processor idle.
+            await_condition(lambda: queued() < number // 10, "most deliveries", patience=60)
+            elapsed, done = time.perf_counter() - started, first - queued()
+            sample = Sample(load.Result(done, elapsed, 0.0, ()), stack.cpu_seconds(process) - before)
             await_condition(lambda: queued() == 0, "every delivery", patience=60)
-            elapsed = time.perf_counter() - started
-            return Sample(load.Result(left, elapsed, 0.0, ()), stack.cpu_seconds(process) - before)
+            return sample
 
         yield (
             fetching_contender("bare POST with httpx", url, threads, work_core, "--post"),

@@ -448,6 +448,7 @@ def test_a_turn_takes_as_long_as_the_host(clock: StoppedClock) -> None:
             paces.note("example.com", seconds)
         turns = [paces.turn("example.com").total_seconds() for _ in range(100)]
         assert expected / 2 <= min(turns) < max(turns) <= expected * 1.5
+        assert paces.is_quick("example.com") is (expected < 1)
 
 
 def test_keys_sent_are_on_record(application: Application) -> None:
