@@ -1,18 +1,22 @@
 """What tests of the command line share: running it, at a terminal too, and judging what it printed."""
 
+import contextlib
 import io
+import json
 import os
 import pty
 import select
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from doorward_server import settings
+from doorward_server.app import App
 from doorward_server.cli.root import run
 from doorward_server.crypto import MasterKey
 from tests.processes import BIN, await_condition, clean_environment
@@ -148,3 +152,33 @@ def _read_terminal(master: int) -> bytes:
         return os.read(master, 4096)
     except OSError:  # EIO is how Linux tells it
         return b""
+
+
+# On the same home
+
+
+@contextlib.contextmanager
+def opened(home: Path) -> Iterator[App]:
+    """A second app on the home, as a server would be."""
+    app = App(settings.load(home))
+    yield app
+    app.database.close()
+
+
+def in_database(home: Path, text: str) -> bool:
+    """Whether a text stands in clear in the database's files."""
+    return any(text.encode() in path.read_bytes() for path in home.glob("doorward.db*"))
+
+
+def result(done: Done) -> Any:
+    """The one JSON value that a command printed, and nothing beside it."""
+    assert (done.returncode, done.stderr) == (0, "")
+    value = json.loads(done.stdout)
+    assert done.stdout == json.dumps(value) + "\n"
+    return value
+
+
+def printed(done: Done) -> dict[str, str]:
+    """The lines `name: value` that a command printed."""
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())

@@ -9,6 +9,7 @@ import pytest
 from doorward_server import models
 from doorward_server.clock import Clock
 from doorward_server.database import Database
+from tests.unit.command_line import Here, make_home, within
 
 
 class StoppedClock(Clock):
@@ -41,3 +42,16 @@ def database(tmp_path: Path) -> Iterator[Database]:
 def in_files(database: Database, text: str) -> bool:
     """Whether a text stands in clear in the database's files."""
     return any(text.encode() in path.read_bytes() for path in database.path.parent.glob(f"{database.path.name}*"))
+
+
+# Of the command line
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
+    return within(capfd, monkeypatch)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return make_home(tmp_path)

@@ -23,23 +23,13 @@ from doorward_server.cli.root import cli
 from doorward_server.crypto import KeyRing, MasterKey
 from doorward_server.database import Database
 from tests.processes import BIN, await_condition, clean_environment, free_port, running
-from tests.unit.command_line import Here, assert_tells, doorward, make_home, within, write_key
+from tests.unit.command_line import Here, assert_tells, doorward, write_key
 
 MIGRATIONS = sorted(
     path.name.removesuffix(".py")
     for path in (resources("doorward_server") / "migrations").iterdir()
     if path.name[:4].isdigit()
 )
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    return within(capfd, monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
 
 
 def files(home: Path) -> dict[str, tuple[int, int, bytes]]:

@@ -1,57 +1,15 @@
 """`doorward app` as operators meet it: output, exit codes, and each secret only once."""
 
-import contextlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from doorward_server import settings
-from doorward_server.app import App
 from doorward_server.service_tokens import Service
-from tests.unit.command_line import Done, Here, assert_tells, doorward, make_home, within
+from tests.unit.command_line import Here, assert_tells, doorward, in_database, opened, printed, result
 
 PREFIX = "https://bot.example/callback"
 NAME = "My super bot"
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    return within(capfd, monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
-
-
-@contextlib.contextmanager
-def opened(home: Path) -> Iterator[App]:
-    """A second app on the home, as a server would be."""
-    app = App(settings.load(home))
-    yield app
-    app.database.close()
-
-
-def in_database(home: Path, text: str) -> bool:
-    """Whether a text stands in clear in the database's files."""
-    return any(text.encode() in path.read_bytes() for path in home.glob("doorward.db*"))
-
-
-def result(done: Done) -> Any:
-    """The one JSON value that a command printed, and nothing beside it."""
-    assert (done.returncode, done.stderr) == (0, "")
-    value = json.loads(done.stdout)
-    assert done.stdout == json.dumps(value) + "\n"
-    return value
-
-
-def printed(done: Done) -> dict[str, str]:
-    """The lines `name: value` that a command printed."""
-    assert done.returncode == 0, done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
 
 def make(here: Here, home: Path, *options: str) -> dict[str, Any]:

@@ -6,10 +6,9 @@ import os
 import pty
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,28 +18,10 @@ from doorward_server.crypto import Place
 from doorward_server.errors import StorageUnavailable
 from doorward_server.models import Connection, User
 from tests.processes import BIN, clean_environment
-from tests.unit.command_line import Done, Here, assert_tells, make_home, within
+from tests.unit.command_line import Here, assert_tells, opened, result
 from tests.unit.conftest import StoppedClock
 
 TOKEN = "hunter2-sekret"
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    return within(capfd, monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
-
-
-@contextlib.contextmanager
-def opened(home: Path) -> Iterator[App]:
-    """A second app on the home, as a server would be."""
-    app = App(settings.load(home))
-    yield app
-    app.database.close()
 
 
 def fill(home: Path, number: int) -> list[str]:
@@ -61,14 +42,6 @@ def tamper(home: Path, statement: str) -> None:
             other.execute(f"DROP TRIGGER audit_events_{name}")
         other.execute(statement)
         other.commit()
-
-
-def result(done: Done) -> Any:
-    """The one JSON value that a command printed, and nothing beside it."""
-    assert (done.returncode, done.stderr) == (0, "")
-    value = json.loads(done.stdout)
-    assert done.stdout == json.dumps(value) + "\n"
-    return value
 
 
 # list

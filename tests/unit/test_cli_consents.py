@@ -6,21 +6,11 @@ from typing import Any
 import pytest
 
 from doorward_server.consents import Question
-from tests.unit.command_line import Here, assert_tells, make_home, within
-from tests.unit.test_cli_keys import ADD, SNOWFLAKE, VALUE, WHOSE, opened, result
+from tests.unit.command_line import Here, assert_tells, opened, result
+from tests.unit.test_cli_keys import ADD, SNOWFLAKE, VALUE, WHOSE
 
 CALLBACK = "http://93.184.215.14/callback"
 TOO_LARGE = "99999999999999999999999"
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    return within(capfd, monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
 
 
 def ask(home: Path, state: str = "", user: str = SNOWFLAKE) -> int:

@@ -1,21 +1,28 @@
 """`doorward client`, `provider` and `user` as operators meet them: output, exit codes, files, and no secrets."""
 
 import base64
-import contextlib
 import json
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from doorward_server import settings
-from doorward_server.app import App
 from doorward_server.crypto import Place, fingerprint
 from doorward_server.integrations import REVOCATION
 from doorward_server.models import Connection, Job, OAuthIdentity, User
-from tests.unit.command_line import Done, Here, assert_tells, at_terminal, doorward, make_home, within
+from tests.unit.command_line import (
+    Done,
+    Here,
+    assert_tells,
+    at_terminal,
+    doorward,
+    in_database,
+    opened,
+    printed,
+    result,
+)
 
 SECRET = "hunter2-sekret"
 LOOKUP = "https://login.example/me?t={access_token}"
@@ -29,43 +36,6 @@ CONTROLS = [
     pytest.param("a\x9bb", id="C1 control"),
     pytest.param("a\u202eb", id="direction override"),
 ]
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    return within(capfd, monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
-
-
-@contextlib.contextmanager
-def opened(home: Path) -> Iterator[App]:
-    """A second app on the home, as a server would be."""
-    app = App(settings.load(home))
-    yield app
-    app.database.close()
-
-
-def in_database(home: Path, text: str) -> bool:
-    """Whether a text stands in clear in the database's files."""
-    return any(text.encode() in path.read_bytes() for path in home.glob("doorward.db*"))
-
-
-def result(done: Done) -> Any:
-    """The one JSON value that a command printed, and nothing beside it."""
-    assert (done.returncode, done.stderr) == (0, "")
-    value = json.loads(done.stdout)
-    assert done.stdout == json.dumps(value) + "\n"
-    return value
-
-
-def printed(done: Done) -> dict[str, str]:
-    """The lines `name: value` that a command printed."""
-    assert done.returncode == 0, done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
 
 # client

@@ -1,19 +1,13 @@
 """`doorward key` as operators meet it: output, exit codes, and no values."""
 
-import contextlib
-import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from doorward_server import settings
-from doorward_server.app import App
 from doorward_server.models import AuditEvent, User
 from tests.processes import free_port
-from tests.unit.command_line import Done, Here, assert_tells, at_terminal, doorward, make_home, within
+from tests.unit.command_line import Done, Here, assert_tells, at_terminal, doorward, in_database, opened, result
 from tests.unit.peers import Peer, Serve, answering
 
 SNOWFLAKE = "123456789012345678"
@@ -22,41 +16,11 @@ ADD = ("key", "add", *WHOSE, "--service", "forum", "--label", "main")
 VALUE = "hunter2-sekret-value"
 
 
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    return within(capfd, monkeypatch)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
-
-
-@contextlib.contextmanager
-def opened(home: Path) -> Iterator[App]:
-    """A second app on the home, as a server would be."""
-    app = App(settings.load(home))
-    yield app
-    app.database.close()
-
-
 def values(home: Path, snowflake: str = SNOWFLAKE) -> list[str]:
     """What is kept for a Discord user."""
     with opened(home) as app:
         user = app.discord_users.find(snowflake)
         return list(app.api_keys.values([row.id for row, _ in app.api_keys.list(user)]).values()) if user else []
-
-
-def result(done: Done) -> Any:
-    """The one JSON value that a command printed, and nothing beside it."""
-    assert (done.returncode, done.stderr) == (0, "")
-    value = json.loads(done.stdout)
-    assert done.stdout == json.dumps(value) + "\n"
-    return value
-
-
-def in_database(home: Path, text: str) -> bool:
-    return any(text.encode() in path.read_bytes() for path in home.glob("doorward.db*"))
 
 
 def add(here: Here, home: Path, value: str = VALUE, *words: str) -> int:
