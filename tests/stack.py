@@ -18,6 +18,8 @@ from doorward_server import settings as settings_module
 from doorward_server.app import App
 from tests.processes import BIN, Process, clean_environment, free_port, running
 from tests.sandbox.client import SandboxProvider
+from tests.sandbox.provider import NAME as PROVIDER
+from tests.sandbox.serving import started
 
 # Short, so that tests of faults are quick; a provider's timeout has to be shorter than a lease.
 TIMEOUT = 0.8
@@ -199,11 +201,8 @@ class Stack:
 @contextlib.contextmanager
 def sandbox_provider(log: Path, *options: str) -> Iterator[SandboxProvider]:
     """A stand-in provider in a process of its own."""
-    command = [str(BIN / "python"), "-m", "tests.sandbox.provider", "--port", "0", *options]
-    with running(command, log) as process:
-        process.await_output("sandbox provider on")
-        line = next(line for line in process.output().splitlines() if "sandbox provider on" in line)
-        provider = SandboxProvider(line.split()[-1])
+    with started(PROVIDER, "tests.sandbox.provider", log, *options) as url:
+        provider = SandboxProvider(url)
         try:
             yield provider
         finally:

@@ -86,21 +86,19 @@ class Jobs:
 
     def claim_some(self, lease: timedelta, most: int) -> list[Job]:
         """Take at most so many of the jobs that have been due for longest."""
-        now = self._clock.now()
-        # Idle workers look again and again: a read is nothing to anybody.
-        if self.database.fetch_one(_NEXT_DUE, (to_micros(now),)) is None:
-            return []
-        parameters = (to_micros(now + lease), to_micros(now), most)
-        rows = self.database.write(partial(self.database.execute_all, _CLAIM, parameters))
-        return [Job.from_row(row) for row in rows]
+        return self._claim(_NEXT_DUE, _CLAIM, (), lease, most)
 
     def claim_of_kind(self, kind: str, lease: timedelta, most: int) -> list[Job]:
         """As `claim_some`, of one kind."""
+        return self._claim(_NEXT_DUE_OF_KIND, _CLAIM_OF_KIND, (kind,), lease, most)
+
+    def _claim(self, next_due: str, claim: str, which: tuple[str, ...], lease: timedelta, most: int) -> list[Job]:
         now = self._clock.now()
-        if self.database.fetch_one(_NEXT_DUE_OF_KIND, (kind, to_micros(now))) is None:
+        # Idle workers look again and again: a read is nothing to anybody.
+        if self.database.fetch_one(next_due, (*which, to_micros(now))) is None:
             return []
-        parameters = (to_micros(now + lease), kind, to_micros(now), most)
-        rows = self.database.write(partial(self.database.execute_all, _CLAIM_OF_KIND, parameters))
+        parameters = (to_micros(now + lease), *which, to_micros(now), most)
+        rows = self.database.write(partial(self.database.execute_all, claim, parameters))
         return [Job.from_row(row) for row in rows]
 
     def payload(self, job: Job) -> Payload:

@@ -401,15 +401,16 @@ class Outbound:
 
         So may one for which there is no time: too many look up names that resolve slowly.
         """
-        if not _is_address(host) and not self._judging.acquire(blocking=False):
+        if _is_address(host):
+            return self._judge.may_connect(host, port)
+        if not self._judging.acquire(blocking=False):
             return True
         token = _deadline.set(time.monotonic() + _JUDGING_SECONDS)
         try:
             return self._judge.may_connect(host, port)
         finally:
             _deadline.reset(token)
-            if not _is_address(host):
-                self._judging.release()
+            self._judging.release()
 
     def close(self) -> None:
         self._transports.close()

@@ -15,8 +15,10 @@ import pytest
 
 from doorward_server.models import ConsentRequest
 from tests.bot.conftest import Person, Scene, make_scene
-from tests.processes import BIN, Process, await_condition, free_port, running
-from tests.sandbox.discord.client import READY, Discord, Message, User
+from tests.processes import Process, await_condition, free_port
+from tests.sandbox.discord.client import Discord, Message, User
+from tests.sandbox.discord.state import NAME
+from tests.sandbox.serving import started
 
 _CHANNELS = "POST /users/@me/channels"
 _MESSAGES = "POST /channels/{channel_id}/messages"
@@ -409,9 +411,8 @@ def health() -> Health:
 @contextlib.contextmanager
 def discord_at(port: int, log: Path) -> Iterator[Discord]:
     """A stand-in at a port that is known before."""
-    command: list[str | Path] = [BIN / "python", "-m", "tests.sandbox.discord", "--port", str(port)]
-    with running(command, log) as process, contextlib.closing(Discord(f"http://127.0.0.1:{port}")) as discord:
-        process.await_output(READY)
+    arguments = (NAME, "tests.sandbox.discord", log, "--port", str(port))
+    with started(*arguments) as url, contextlib.closing(Discord(url)) as discord:
         yield discord
 
 

@@ -1,10 +1,8 @@
 """The provider as a process: its routes, its log, its command line, its start and end."""
 
 import argparse
-import asyncio
 import logging
 import os
-import signal
 import ssl
 import sys
 import traceback
@@ -14,11 +12,12 @@ import trustme
 from aiohttp import web
 
 from . import control, frontend, oauth
+from .serving import port_number, run
 from .state import CALL, SANDBOX, Sandbox
 
 DEFAULT_PORT = "9100"
 LONGEST_LINE = 1 << 16  # codes may be long, and travel in addresses
-SHUTDOWN_TIMEOUT = 0.1  # hanging requests would otherwise be waited for
+NAME = "sandbox provider"
 
 log = logging.getLogger("sandbox")
 
@@ -28,35 +27,15 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # aiohttp reports malformed requests with their text, which may hold a secret.
     logging.getLogger("aiohttp.server").disabled = True
-    try:
-        asyncio.run(serve(arguments))
-    except OSError as error:
-        print(f"sandbox provider: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-async def serve(arguments: argparse.Namespace) -> None:
-    """Serve until told to stop, then let go of whoever still waits for an answer."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    context = _tls_context(arguments.tls_name, arguments.ca_out) if arguments.tls else None
-    runner = web.AppRunner(
-        build_app(),
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=SHUTDOWN_TIMEOUT,
+    return run(
+        NAME,
+        build_app,
+        arguments.host,
+        arguments.port,
+        tls=_tls_context(arguments.tls_name, arguments.ca_out) if arguments.tls else None,
         max_line_size=LONGEST_LINE,
         max_field_size=LONGEST_LINE,
     )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, arguments.host, arguments.port, ssl_context=context).start()
-        print(f"sandbox provider on {_origin(runner, context is not None)}", flush=True)
-        await stop.wait()
-    finally:
-        await runner.cleanup()
 
 
 def build_app() -> web.Application:
@@ -117,11 +96,6 @@ def _tls_context(name: str, ca_out: Path | None) -> ssl.SSLContext:
     return context
 
 
-def _origin(runner: web.AppRunner, tls: bool) -> str:
-    host, port = runner.addresses[0][:2]
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.sandbox.provider", description="A stand-in OAuth 2 provider."
@@ -136,13 +110,6 @@ def _parse_arguments() -> argparse.Namespace:
     if arguments.ca_out and not arguments.tls:
         parser.error("--ca-out needs --tls")
     return arguments
-
-
-def port_number(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError
-    return port
 
 
 if __name__ == "__main__":

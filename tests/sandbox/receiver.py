@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from collections import Counter, deque
@@ -23,17 +22,16 @@ import httpx
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tests.processes import BIN, await_condition, running
+from tests.processes import await_condition
 
 from .faults import MEBIBYTE, Fault, spoil
-from .provider import port_number
+from .serving import port_number, run, started
 from .state import FORM_TYPE, JOURNAL_LENGTH
 
 DEFAULT_PORT = "9200"
 EVERYWHERE = "*"
 GIBIBYTE = 1 << 30
-SHUTDOWN_TIMEOUT = 0.1
-READY = "callback receiver on"
+NAME = "callback receiver"
 Pairs = list[tuple[str, str]]
 
 
@@ -215,31 +213,14 @@ async def _send_gigabyte(request: web.Request) -> web.StreamResponse:
 
 def main() -> int:
     arguments = _parse_arguments()
-    try:
-        asyncio.run(serve(arguments))
-    except OSError as error:
-        print(f"callback receiver: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(NAME, build_app, arguments.host, arguments.port)
 
 
-async def serve(arguments: argparse.Namespace) -> None:
-    """Serve until told to stop, then let go of whoever still waits for an answer."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+def build_app() -> web.Application:
     app = web.Application()
     app[_STATE] = _State()
     app.add_routes(routes)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, arguments.host, arguments.port).start()
-        host, port = runner.addresses[0][:2]
-        print(f"{READY} http://{host}:{port}", flush=True)
-        await stop.wait()
-    finally:
-        await runner.cleanup()
+    return app
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -302,11 +283,8 @@ class Receiver:
 @contextlib.contextmanager
 def callback_receiver(log: Path) -> Iterator[Receiver]:
     """A receiver in a process of its own. Its log shows users' keys, so it is none of the logs that may not."""
-    command = [str(BIN / "python"), "-m", "tests.sandbox.receiver", "--port", "0"]
-    with running(command, log) as process:
-        process.await_output(f"{READY} http://")
-        line = next(line for line in process.output().splitlines() if line.startswith(READY))
-        receiver = Receiver(line.split()[-1])
+    with started(NAME, "tests.sandbox.receiver", log) as url:
+        receiver = Receiver(url)
         try:
             yield receiver
         finally:

@@ -1,50 +1,24 @@
 """The stand-in as a process: its routes, its command line, its start and end."""
 
 import argparse
-import asyncio
 import os
 import re
-import signal
 import sys
 
 from aiohttp import web
 
-from tests.sandbox.provider import port_number
+from tests.sandbox.serving import port_number, run
 
 from . import control, gateway, page, rest
-from .state import DEFAULT_TOKEN, DEFAULT_USERS, WORLD, World
+from .state import DEFAULT_TOKEN, DEFAULT_USERS, NAME, WORLD, World
 
 DEFAULT_PORT = "9300"
-READY = "Discord stand-in on"
-SHUTDOWN_TIMEOUT = 0.1  # hanging requests would otherwise be waited for
 
 
 def main() -> int:
     arguments = _parse_arguments()
-    try:
-        asyncio.run(serve(arguments))
-    except OSError as error:
-        print(f"Discord stand-in: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-async def serve(arguments: argparse.Namespace) -> None:
-    """Serve until told to stop, then let go of whoever still waits for an answer."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    app = build_app(World(dict(arguments.user or DEFAULT_USERS.items()), arguments.token))
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_TIMEOUT)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, arguments.host, arguments.port).start()
-        host, port = runner.addresses[0][:2]
-        print(f"{READY} http://{host}:{port}", flush=True)
-        await stop.wait()
-        app[gateway.GATEWAY].drop()
-    finally:
-        await runner.cleanup()
+    users = dict(arguments.user or DEFAULT_USERS.items())
+    return run(NAME, lambda: build_app(World(users, arguments.token)), arguments.host, arguments.port)
 
 
 def build_app(world: World) -> web.Application:
@@ -54,7 +28,12 @@ def build_app(world: World) -> web.Application:
     app.router.add_get(gateway.PATH, gateway.connect)
     app.add_routes([*control.routes, *page.routes])
     rest.add_routes(app)
+    app.on_shutdown.append(_drop_connections)
     return app
+
+
+async def _drop_connections(app: web.Application) -> None:
+    app[gateway.GATEWAY].drop()
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
-from tests.processes import BIN, running
+from tests.sandbox.serving import started
 
 from .actors import CannotDo
 from .control import VERSION
-from .state import APPLICATION_ID, DEFAULT_TOKEN, GUILD_ID
+from .state import APPLICATION_ID, DEFAULT_TOKEN, GUILD_ID, NAME
 
 __all__ = [
     "APPLICATION_ID",
@@ -34,7 +34,6 @@ __all__ = [
     "discord_stand_in",
 ]
 
-READY = "Discord stand-in on"
 Json = dict[str, Any]
 T = TypeVar("T")
 PATIENCE = 20.0
@@ -515,11 +514,8 @@ def _interaction(entry: Json) -> Interaction:
 @contextlib.contextmanager
 def discord_stand_in(log: Path, *options: str) -> Iterator[Discord]:
     """A stand-in in a process of its own, on a free port; `options` are those of its command line."""
-    command: list[str | Path] = [BIN / "python", "-m", "tests.sandbox.discord", "--port", "0", *options]
-    with running(command, log) as process:
-        process.await_output(f"{READY} http://")
-        line = next(line for line in process.output().splitlines() if line.startswith(READY))
-        discord = Discord(line.split()[-1])
+    with started(NAME, "tests.sandbox.discord", log, *options) as url:
+        discord = Discord(url)
         try:
             yield discord
         finally:

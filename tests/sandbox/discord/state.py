@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .errors import Json
 from .faults import Faults
 
+NAME = "Discord stand-in"
 DEFAULT_TOKEN = "sandbox-bot-token"
 DEFAULT_USERS = {"ada": "80351110224678912", "grace": "80351110224678913"}
 APPLICATION_ID = "157730590492196864"
