@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import ENGINES, Engines, contents
 from tests.sandbox.client import SandboxProvider
 from tests.stack import Stack, make_stack, sandbox_provider
 
@@ -15,6 +16,20 @@ _SECRET_FORMS = re.compile(rb"(?:access|refresh|code)-[\w-]{32}|doorward-key-1:[
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the fault tests at their full counts")
+    parser.addoption("--engine", choices=["sqlite", "postgresql"], default="sqlite", help="where databases are")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.getoption("--engine") != "sqlite" and item.get_closest_marker("sqlite"):
+        pytest.skip("it is about SQLite's own ways")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
+    """Where the tests' databases are made."""
+    ENGINES.is_postgresql = request.config.getoption("--engine") == "postgresql"
+    yield ENGINES
+    ENGINES.close()
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +81,8 @@ def shared_stack(
     stack = make_stack(home, logs, shared_provider, secrets, more)
     with stack.server(), stack.gateway():
         yield stack
-    # What was stored is sealed or hashed: nothing secret stands in the files in clear.
-    for path in home.glob("doorward.db*"):
-        assert not find_secrets(path.read_bytes(), secrets), f"secrets in {path.name}"
+    # What was stored is sealed or hashed: nothing secret stands there in clear.
+    assert not find_secrets(contents(stack.app.database), secrets), "secrets in the database"
 
 
 @pytest.fixture

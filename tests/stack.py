@@ -16,6 +16,7 @@ from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server import models
 from doorward_server import settings as settings_module
 from doorward_server.app import App
+from tests.engines import ENGINES
 from tests.processes import BIN, Process, clean_environment, free_port, running
 from tests.sandbox.client import SandboxProvider
 from tests.sandbox.provider import NAME as PROVIDER
@@ -70,7 +71,8 @@ def settings_text(provider: SandboxProvider, more: str = "") -> str:
         for kai, auth in (("flo", "client_secret_post"), ("min", "client_secret_basic"))
     ]
     sections.append(_IDENTITY_PROVIDERS.format(url=provider.url, timeout=TIMEOUT))
-    return more + _SETTINGS.format(address=provider.address, lease=LEASE) + "".join(sections)
+    settings = _SETTINGS.format(address=provider.address, lease=LEASE)
+    return more + settings + ENGINES.settings() + "".join(sections)
 
 
 @dataclass(frozen=True)

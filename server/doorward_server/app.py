@@ -88,8 +88,9 @@ class App:
 
     @cached_property
     def database(self) -> Database:
-        """The database, its schema up to date, for SQLite migrates by itself."""
-        database = open_database(self.settings.database_url, self.settings.database.busy_timeout)
+        """The database, its schema up to date."""
+        section = self.settings.database
+        database = open_database(self.settings.database_url, section.busy_timeout, section.connections)
         if database.check_schema():
             database.migrate()
         models.bind(database)
@@ -337,7 +338,7 @@ class App:
             used = {row.key_id for row in MasterKeyUse.select()}
             if lost := sorted(used - set(self.keys.ids)):
                 raise OperatorError(
-                    f"values in the database {self.database.path} are sealed with the master key {lost[0]}, which is "
+                    f"values in the database {self.database.place} are sealed with the master key {lost[0]}, which is "
                     f"not at hand (there is {', '.join(self.keys.ids)}): restore that key from a backup, as a further "
                     "line of the key file"
                 )

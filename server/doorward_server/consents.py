@@ -50,6 +50,7 @@ from doorward_server.models import (
 from doorward_server.outbound import Bulkhead, Outbound
 
 DEADLINE = "consent-deadline"
+_TOPIC = "prompts"
 _LONGEST_NAME, _LONGEST_STATE, _LONGEST_CALLBACK = 100, 2048, 2048
 _HOUR = timedelta(hours=1)
 # How long a user who has blocked an application seems to think about it, in seconds.
@@ -160,6 +161,9 @@ class Consents:
     bulkhead: Bulkhead  # of the calls that wait
     bell: Bell = field(default_factory=Bell)
 
+    def __post_init__(self) -> None:
+        self.database.subscribe(_TOPIC, self.bell.ring)
+
     # Asking
 
     def request(self, question: Question, caller: Registered | None, address: str) -> int:
@@ -252,7 +256,7 @@ class Consents:
         )
         self.jobs.queue(DEADLINE, {"request": request_id, "outcome": outcome}, run_at=ends)
         asker = _sender(asking.application_id, asking.host)
-        self.database.engine.after_commit(self.bell.ring)
+        self.database.announce(_TOPIC)
         self.audit.record(asker, "consent.requested", f"request:{request_id}", discord_user=asking.discord_user)
         return request_id
 
@@ -411,7 +415,7 @@ class Consents:
         ConsentRequest.update(lease_expires_at=now + closes_within).where(
             ConsentRequest.prompt_id == request.prompt_id, ConsentRequest.finished_at.is_null(False)
         ).execute()
-        self.database.engine.after_commit(self.bell.ring)
+        self.database.announce(_TOPIC)
         if outcome is Status.GRANTED:
             user = self.discord_users.find(request.discord_user)
             grant = Grant.create(request=request, user=user, created_at=now)

@@ -71,15 +71,15 @@ WHERE grants.request_id = ? AND grants.revoked_at IS NULL ORDER BY grant_keys.po
 
 _DUE = """
 SELECT deliveries.id, request_id, webhook_id, error, carried_keys, attempts, discord_user, callback, state,
-       application_id, callback_format, coalesce(enabled, 1), next_attempt_at, under_way
+       application_id, callback_format, coalesce(enabled, TRUE), next_attempt_at, under_way
 FROM deliveries JOIN consent_requests ON consent_requests.id = request_id
 LEFT JOIN applications ON applications.id = application_id
 WHERE deliveries.id = ? AND deliveries.status = 'queued'
 """
 _BEGIN = """
-UPDATE deliveries SET begun = begun + 1, under_way = 1, carried_keys = ?, error = ? WHERE id = ? RETURNING begun
+UPDATE deliveries SET begun = begun + 1, under_way = TRUE, carried_keys = ?, error = ? WHERE id = ? RETURNING begun
 """
-_RETURNED = "UPDATE deliveries SET under_way = 0 WHERE id = ? AND begun = ?"
+_RETURNED = "UPDATE deliveries SET under_way = FALSE WHERE id = ? AND begun = ?"
 _AS_BEFORE = "UPDATE deliveries SET carried_keys = ? WHERE id = ? AND begun = ?"
 _ATTEMPT = """
 INSERT INTO delivery_attempts (delivery_id, started_at, milliseconds, status, error) VALUES (?, ?, ?, ?, ?)
@@ -94,8 +94,8 @@ WHERE id = ? AND status = 'queued'
 """
 # An attempt that was late may still say that the delivery was sent, but not that it was not.
 _FINISH = """
-UPDATE deliveries SET status = ?1, attempts = ?2, next_attempt_at = NULL, finished_at = ?3, under_way = 0
-WHERE id = ?4 AND (status = 'queued' OR ?1 = 'sent')
+UPDATE deliveries SET status = ?, attempts = ?, next_attempt_at = NULL, finished_at = ?, under_way = FALSE
+WHERE id = ? AND (status = 'queued' OR ? = 'sent')
 """
 
 
@@ -326,7 +326,8 @@ class Deliveries:
         self.database.engine.after_commit(partial(self.log.error, "delivery abandoned", **told))
 
     def _finish(self, due: "_Due", status: Status, attempts: int) -> None:
-        self.database.execute(_FINISH, (status, attempts, to_micros(self.clock.now()), due.id))
+        now = to_micros(self.clock.now())
+        self.database.execute(_FINISH, (status, attempts, now, due.id, status))
 
     def abandon(self, payload: Payload) -> None:
         """The job of a delivery was given up; inside its transaction."""

@@ -19,17 +19,20 @@ from doorward_server.errors import DoorwardError
 from doorward_server.models import Job, to_micros
 
 Payload = dict[str, Any]
-_INSERT = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES (?, x'', ?, 0, ?) RETURNING id"
+_TOPIC = "jobs"
+_INSERT = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES (?, ?, ?, 0, ?) RETURNING id"
 _SET_PAYLOAD = "UPDATE jobs SET payload = ? WHERE id = ?"
 _NEXT_DUE = "SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT 1"
 _NEXT_DUE_OF_KIND = "SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT 1"
 _CLAIM = f"""
 UPDATE jobs SET run_at = ?, attempts = attempts + 1
-WHERE id IN (SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ?) RETURNING {Job.columns_sql()}
+WHERE id IN (SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED)
+RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
 _CLAIM_OF_KIND = f"""
 UPDATE jobs SET run_at = ?, attempts = attempts + 1
-WHERE id IN (SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT ?) RETURNING {Job.columns_sql()}
+WHERE id IN (SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED)
+RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
 _FINISH = "DELETE FROM jobs WHERE id = ? AND attempts = ?"
 _PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ? RETURNING id"
@@ -67,18 +70,19 @@ class Jobs:
         self.database = database
         self._clock = clock
         self._keys = keys
-        # Only a hint to look sooner: other processes' jobs are found by looking.
+        # Only a hint to look sooner: jobs are found by looking.
         self.queued = threading.Event()
+        database.subscribe(_TOPIC, self.queued.set)
 
     def queue(self, kind: str, payload: Payload, run_at: datetime | None = None) -> None:
         """Add a job, inside the caller's transaction: for now, or for later."""
         now = self._clock.now()
-        row = self.database.execute(_INSERT, (kind, to_micros(run_at or now), to_micros(now)))
+        row = self.database.execute(_INSERT, (kind, b"", to_micros(run_at or now), to_micros(now)))
         assert row is not None  # noqa: S101 - what RETURNING is for
         (job_id,) = row
         sealed = self._keys.seal(json.dumps(payload), _payload_of(job_id))
         self.database.execute(_SET_PAYLOAD, (sealed, job_id))
-        self.database.engine.after_commit(self.queued.set)
+        self.database.announce(_TOPIC)
 
     def claim(self, lease: timedelta) -> Job | None:
         """Take the job that has been due for longest, for the time of the lease."""
@@ -98,8 +102,7 @@ class Jobs:
         if self.database.fetch_one(next_due, (*which, to_micros(now))) is None:
             return []
         parameters = (to_micros(now + lease), *which, to_micros(now), most)
-        rows = self.database.write(partial(self.database.execute_all, claim, parameters))
-        return [Job.from_row(row) for row in rows]
+        return [Job.from_row(row) for row in self.database.claim(claim, parameters)]
 
     def payload(self, job: Job) -> Payload:
         opened: Payload = json.loads(self._keys.open(job.payload, _payload_of(job.id)))

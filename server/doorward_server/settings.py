@@ -72,10 +72,12 @@ class Section(BaseModel):
 
 
 class DatabaseSection(Section):
-    # `sqlite:///` and an absolute path; unset: doorward.db in the home.
+    # `sqlite:///` and an absolute path, or `postgresql://...`; unset: doorward.db in the home.
     url: str | None = None
     # How long a write waits for another process's, in seconds.
     busy_timeout: Seconds = 5.0
+    # Connections of one process to PostgreSQL at most, but for the one that listens.
+    connections: int = Field(16, ge=2, le=1000)
 
 
 class GrpcSection(Section):
@@ -275,10 +277,10 @@ class Settings(BaseSettings):
             )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
-        if not self.database_url.startswith("sqlite:////"):
+        if not self.database_url.startswith(("sqlite:////", "postgresql://")):
             raise ValueError(
                 "[database] url (or DOORWARD_DATABASE_URL) has to be sqlite:/// and an absolute path, "
-                "such as sqlite:////var/lib/doorward/doorward.db"
+                "such as sqlite:////var/lib/doorward/doorward.db, or postgresql://USER:PASSWORD@HOST/DATABASE"
             )
         if len(os.fsencode(self.socket)) > _SOCKET_PATH_BYTES:
             raise ValueError(

@@ -78,7 +78,7 @@ class Users:
 
     def get(self, handle: str) -> User:
         """The user with this numeric id or slug; raises UserNotFound."""
-        if not handle.isascii():  # no slug is, and not every such text can be asked for
+        if not (handle.isascii() and handle.isprintable()):  # every slug is, and not every other text can be asked for
             raise UserNotFound
         number = find_id(handle)
         row = self.database.fetch_one(*((_BY_SLUG, (handle,)) if number is None else (_BY_ID, (number,))))

@@ -19,6 +19,7 @@ from doorward_server import settings
 from doorward_server.app import App
 from doorward_server.cli.root import run
 from doorward_server.crypto import MasterKey
+from tests.engines import ENGINES, contents
 from tests.processes import BIN, await_condition, clean_environment
 
 Done = subprocess.CompletedProcess[str]
@@ -98,7 +99,7 @@ def make_home(tmp_path: Path) -> Path:
     """A home as `doorward init` makes it."""
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
-    (home / "doorward.toml").write_text("")
+    (home / "doorward.toml").write_text(ENGINES.settings())
     write_key(home, MasterKey.generate())
     return home
 
@@ -167,7 +168,8 @@ def opened(home: Path) -> Iterator[App]:
 
 def in_database(home: Path, text: str) -> bool:
     """Whether a text stands in clear in the database's files."""
-    return any(text.encode() in path.read_bytes() for path in home.glob("doorward.db*"))
+    with opened(home) as app:
+        return text.encode() in contents(app.database)
 
 
 def result(done: Done) -> Any:

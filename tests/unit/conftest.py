@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from doorward_server import models
+from doorward_server import models, settings
 from doorward_server.clock import Clock
-from doorward_server.database import Database
+from doorward_server.database import Database, open_database
+from tests.engines import ENGINES, contents
 from tests.unit.command_line import Here, make_home, within
 
 
@@ -32,16 +33,17 @@ def clock() -> StoppedClock:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "doorward.db", busy_timeout=5)
+    database = open_database(ENGINES.database_url(tmp_path / "doorward.db"), busy_timeout=5)
     database.migrate()
     models.bind(database)
     yield database
     database.close()
+    ENGINES.forget(database.url)
 
 
 def in_files(database: Database, text: str) -> bool:
     """Whether a text stands in clear in the database's files."""
-    return any(text.encode() in path.read_bytes() for path in database.path.parent.glob(f"{database.path.name}*"))
+    return text.encode() in contents(database)
 
 
 # Of the command line
@@ -53,5 +55,8 @@ def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return make_home(tmp_path)
+def home(tmp_path: Path) -> Iterator[Path]:
+    home = make_home(tmp_path)
+    url = settings.load(home).database_url
+    yield home
+    ENGINES.forget(url)

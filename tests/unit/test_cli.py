@@ -21,7 +21,7 @@ from doorward_server import settings as settings_module
 from doorward_server.app import App
 from doorward_server.cli.root import cli
 from doorward_server.crypto import KeyRing, MasterKey
-from doorward_server.database import Database
+from doorward_server.database import SqliteDatabase
 from tests.processes import BIN, await_condition, clean_environment, free_port, running
 from tests.unit.command_line import Here, assert_tells, doorward, write_key
 
@@ -290,6 +290,7 @@ def test_json_prints_one_value_and_errors_go_to_stderr(home: Path, here: Here) -
     assert json.loads(here(home, "session", "list", "--json").stdout) == []
 
 
+@pytest.mark.sqlite
 def test_the_home_given_beats_the_environment(home: Path, tmp_path: Path, here: Here) -> None:
     other = tmp_path / "other"
     done = here(other, "--home", str(home), "migrate", "--json")
@@ -298,6 +299,7 @@ def test_the_home_given_beats_the_environment(home: Path, tmp_path: Path, here: 
     assert not other.exists()
 
 
+@pytest.mark.sqlite
 def test_migrate_once(home: Path, here: Here) -> None:
     assert here(home, "migrate").stdout == "".join(f"applied {name}\n" for name in MIGRATIONS)
     assert here(home, "migrate").stdout == "the schema is up to date\n"
@@ -369,7 +371,8 @@ def test_serve_with_another_key_than_before(home: Path, here: Here) -> None:
         assert_tells(doorward(home, "serve", environment=environment), "the port is in use")
         write_key(home, other)
         refused = here(home, "serve", environment=environment)
-    assert_tells(refused, f"{home}/doorward.db", f"master key {used}", other.id, "backup", "key file")
+    place = settings_module.load(home).database_url.removeprefix("sqlite:///")
+    assert_tells(refused, place, f"master key {used}", other.id, "backup", "key file")
 
 
 @contextlib.contextmanager
@@ -437,19 +440,21 @@ def test_the_work_is_left_to_those_who_do_it(home: Path, tmp_path: Path, here: H
 
 
 def newer_schema(home: Path) -> None:
-    with contextlib.closing(Database(home / "doorward.db", busy_timeout=5)) as database:
+    with contextlib.closing(SqliteDatabase(home / "doorward.db", busy_timeout=5)) as database:
         database.migrate()
     with contextlib.closing(sqlite3.connect(home / "doorward.db")) as other:
         other.execute("INSERT INTO schema_migration (name, applied) VALUES ('9999_future', '2099-01-01')")
         other.commit()
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("words", [("serve",), ("migrate",), ("session", "list")], ids=" ".join)
 def test_a_newer_schema(home: Path, words: tuple[str, ...], here: Here) -> None:
     newer_schema(home)
     assert_tells(here(home, *words), f"{home}/doorward.db", "9999_future", "upgrade Doorward", "backup")
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
@@ -477,6 +482,7 @@ def test_a_database_that_cannot_be_opened(
 # A full disk: files of a limited size are what comes nearest
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("command", "limit"), [("migrate", 0), ("migrate", 1), ("migrate", 16), ("serve", 1), ("serve", 16)]
 )

@@ -1,10 +1,8 @@
 """`doorward audit` as operators meet it: output, exit codes, and what the commands leave in the trail."""
 
-import contextlib
 import json
 import os
 import pty
-import sqlite3
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +15,7 @@ from doorward_server.app import App
 from doorward_server.crypto import Place
 from doorward_server.errors import StorageUnavailable
 from doorward_server.models import Connection, User
+from tests.engines import drop_triggers, outside
 from tests.processes import BIN, clean_environment
 from tests.unit.command_line import Here, assert_tells, opened, result
 from tests.unit.conftest import StoppedClock
@@ -37,11 +36,10 @@ def fill(home: Path, number: int) -> list[str]:
 
 def tamper(home: Path, statement: str) -> None:
     """What somebody with access to the file does."""
-    with contextlib.closing(sqlite3.connect(home / "doorward.db")) as other:
-        for name in ("update", "delete", "insert"):
-            other.execute(f"DROP TRIGGER audit_events_{name}")
-        other.execute(statement)
-        other.commit()
+    with opened(home) as app:
+        drop_triggers(app.database)
+        with outside(app.database) as other:
+            other.execute(statement)
 
 
 # list
@@ -281,7 +279,7 @@ def test_the_end_of_a_connection_and_its_reads(
 def test_no_token_is_handed_out_unrecorded(home: Path) -> None:
     with opened(home) as app:
         connect(app, app.users.create("Ada", None))
-        with contextlib.closing(sqlite3.connect(home / "doorward.db")) as other:
+        with outside(app.database) as other:
             other.execute("DROP TABLE access_reads")
         with pytest.raises(StorageUnavailable):
             app.integrations.access_token("ada", "flo")

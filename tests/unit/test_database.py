@@ -14,17 +14,17 @@ import peewee
 import pytest
 from playhouse.migrations import Runner
 
-from doorward_server import database as database_module
-from doorward_server import models
+from doorward_server import migrations, models
 from doorward_server.clock import Clock
-from doorward_server.database import Database, open_database, storage_failures
+from doorward_server.database import SqliteDatabase, open_database, storage_failures
 from doorward_server.errors import CallError, EmailTaken, NoConnection, OperatorError, StorageUnavailable
 from doorward_server.models import User
 from doorward_server.users import Users
 from tests.processes import clean_environment
 
 MIGRATIONS = ["0001_initial", "0002_identity", "0003_keybroker", "0004_prompts"]
-_MIGRATIONS_FOLDER = Path(database_module.__file__).parent / "migrations"
+pytestmark = pytest.mark.sqlite
+_MIGRATIONS_FOLDER = Path(migrations.__path__[0])
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(path: Path, busy_timeout: float = 5) -> Iterator[Database]:
+def opened(path: Path, busy_timeout: float = 5) -> Iterator[SqliteDatabase]:
     """A database for the time of a `with` block."""
-    database = Database(path, busy_timeout)
+    database = SqliteDatabase(path, busy_timeout)
     try:
         yield database
     finally:
@@ -43,18 +43,18 @@ def opened(path: Path, busy_timeout: float = 5) -> Iterator[Database]:
 
 
 @pytest.fixture
-def database(path: Path) -> Iterator[Database]:
+def database(path: Path) -> Iterator[SqliteDatabase]:
     with opened(path) as database:
         database.migrate()
         yield database
 
 
-def insert(database: Database, name: str) -> None:
+def insert(database: SqliteDatabase, name: str) -> None:
     sql = "INSERT INTO users (slug, name, created_at) VALUES (?, ?, 0)"
     database.engine.execute_sql(sql, (name, name))  # type: ignore[no-untyped-call]
 
 
-def slugs(database: Database) -> list[str]:
+def slugs(database: SqliteDatabase) -> list[str]:
     with contextlib.closing(sqlite3.connect(database.path)) as other:
         return [slug for (slug,) in other.execute("SELECT slug FROM users ORDER BY id")]
 
@@ -62,7 +62,7 @@ def slugs(database: Database) -> list[str]:
 # Transactions
 
 
-def test_every_thread_s_connection_is_made_durable(database: Database) -> None:
+def test_every_thread_s_connection_is_made_durable(database: SqliteDatabase) -> None:
     pragmas = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}
 
     def ask(name: str) -> object:
@@ -79,7 +79,7 @@ def test_every_thread_s_connection_is_made_durable(database: Database) -> None:
         assert pool.submit(ask_all).result(10) == pragmas
 
 
-def test_fetch_one_only_reads(database: Database) -> None:
+def test_fetch_one_only_reads(database: SqliteDatabase) -> None:
     sql = "INSERT INTO users (slug, name, created_at) VALUES ('ada', 'Ada', 0)"
     with pytest.raises(StorageUnavailable):
         database.fetch_one(sql, ())
@@ -88,7 +88,7 @@ def test_fetch_one_only_reads(database: Database) -> None:
     assert database.fetch_one("SELECT 1 WHERE 0", ()) is None
 
 
-def test_fetch_one_sees_what_was_committed_last(database: Database) -> None:
+def test_fetch_one_sees_what_was_committed_last(database: SqliteDatabase) -> None:
     sql = "SELECT count(*) FROM users, (SELECT 1 UNION SELECT 2) WHERE slug = ?"
     assert database.fetch_one(sql, ("ada",)) == (0,)
     with database.writing():
@@ -101,7 +101,7 @@ def test_fetch_one_sees_what_was_committed_last(database: Database) -> None:
     assert database.fetch_one(sql, ("eve",)) == (2,)
 
 
-def test_a_transaction_is_seen_whole_or_not_at_all(database: Database) -> None:
+def test_a_transaction_is_seen_whole_or_not_at_all(database: SqliteDatabase) -> None:
     with database.writing():
         insert(database, "ada")
         insert(database, "eve")
@@ -121,7 +121,7 @@ def test_a_transaction_is_seen_whole_or_not_at_all(database: Database) -> None:
         pytest.param(peewee.InterfaceError("x"), StorageUnavailable, id="connection"),
     ],
 )
-def test_an_exception_rolls_back(database: Database, raised: BaseException, seen: type[BaseException]) -> None:
+def test_an_exception_rolls_back(database: SqliteDatabase, raised: BaseException, seen: type[BaseException]) -> None:
     def fail() -> None:
         with database.writing():
             insert(database, "ada")
@@ -135,7 +135,7 @@ def test_an_exception_rolls_back(database: Database, raised: BaseException, seen
     assert slugs(database) == ["eve"]
 
 
-def test_a_violated_constraint_is_no_failure_of_the_storage(database: Database) -> None:
+def test_a_violated_constraint_is_no_failure_of_the_storage(database: SqliteDatabase) -> None:
     def fail() -> None:
         with database.writing():
             insert(database, "ada")
@@ -146,7 +146,7 @@ def test_a_violated_constraint_is_no_failure_of_the_storage(database: Database) 
     assert slugs(database) == []
 
 
-def test_storage_failures_decorates(database: Database) -> None:
+def test_storage_failures_decorates(database: SqliteDatabase) -> None:
     @storage_failures()
     def fail() -> None:
         database.engine.execute_sql("SELECT 1 FROM nowhere")  # type: ignore[no-untyped-call]
@@ -166,7 +166,7 @@ def test_many_writers_all_get_their_turn(path: Path) -> None:
     with opened(path) as one, opened(path) as other:
         one.migrate()
 
-        def write(database: Database, writer: int) -> None:
+        def write(database: SqliteDatabase, writer: int) -> None:
             try:
                 start.wait(10)
                 for turn in range(rounds):
@@ -183,7 +183,7 @@ def test_many_writers_all_get_their_turn(path: Path) -> None:
         assert len(slugs(one)) == 2 * threads * rounds
 
 
-def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
+def test_readers_do_not_wait_for_a_writer(database: SqliteDatabase) -> None:
     with database.writing():
         insert(database, "ada")
 
@@ -283,8 +283,8 @@ def test_of_racing_threads_one_migrates(no_schema: Path) -> None:
 _MIGRATE = """
 import sys
 from pathlib import Path
-from doorward_server.database import Database
-database = Database(Path(sys.argv[1]), 5)
+from doorward_server.database import SqliteDatabase
+database = SqliteDatabase(Path(sys.argv[1]), 5)
 print("ready", flush=True)
 sys.stdin.readline()
 database.check_schema()
@@ -313,7 +313,7 @@ def test_of_racing_processes_one_migrates(no_schema: Path) -> None:
     assert sorted(out for out, _ in outcomes) == sorted([f"{MIGRATIONS}\n"] + ["[]\n"] * 3)
 
 
-def test_a_newer_schema_is_refused(database: Database) -> None:
+def test_a_newer_schema_is_refused(database: SqliteDatabase) -> None:
     with database.writing():
         sql = "INSERT INTO schema_migration (name, applied) VALUES ('9999_future', '2099-01-01')"
         database.engine.execute_sql(sql)  # type: ignore[no-untyped-call]
@@ -336,7 +336,7 @@ def test_a_migration_that_fails_leaves_nothing(path: Path) -> None:
 
 
 @pytest.fixture
-def first_schema(path: Path, tmp_path: Path) -> Iterator[Database]:
+def first_schema(path: Path, tmp_path: Path) -> Iterator[SqliteDatabase]:
     """A database that an earlier version has made."""
     folder = tmp_path / "migrations"
     folder.mkdir()
@@ -359,7 +359,7 @@ EMAILS = {
 }
 
 
-def test_users_of_the_first_schema(first_schema: Database) -> None:
+def test_users_of_the_first_schema(first_schema: SqliteDatabase) -> None:
     """SQLite's lower() has let addresses pass that differ in the case of letters beyond ASCII."""
     insert_user = "INSERT INTO users (slug, name, email, created_at) VALUES (?, ?, ?, 0)"
     with contextlib.closing(sqlite3.connect(first_schema.path)) as other:
@@ -395,7 +395,7 @@ def test_users_of_the_first_schema(first_schema: Database) -> None:
     assert users.create("Somebody", "somebody@example.org").email_key == "somebody@example.org"
 
 
-def test_a_second_migration_that_fails_leaves_the_first_schema(first_schema: Database) -> None:
+def test_a_second_migration_that_fails_leaves_the_first_schema(first_schema: SqliteDatabase) -> None:
     with contextlib.closing(sqlite3.connect(first_schema.path)) as other:
         other.execute("CREATE TABLE providers (id INTEGER)")
         other.commit()
@@ -441,7 +441,7 @@ def test_a_database_that_cannot_be_used_is_named_with_the_mend(
     path = tmp_path / "folder" / "doorward.db"
     path.parent.mkdir()
     prepare(path)
-    for use in (Database.check_schema, Database.migrate):
+    for use in (SqliteDatabase.check_schema, SqliteDatabase.migrate):
         with opened(path) as database, pytest.raises(OperatorError) as failure:
             use(database)
         assert_tells(failure, f"cannot use the database {path}", "Mend: ", *parts)
@@ -473,10 +473,10 @@ import contextlib, resource, sys
 from pathlib import Path
 from doorward_server import models
 from doorward_server.clock import Clock
-from doorward_server.database import Database
+from doorward_server.database import SqliteDatabase
 from doorward_server.users import Users
 
-database = Database(Path(sys.argv[1]), 5)
+database = SqliteDatabase(Path(sys.argv[1]), 5)
 models.bind(database)
 users = Users(database, Clock())
 
@@ -500,7 +500,7 @@ database.close()
 
 
 @pytest.mark.parametrize("room", [0, 100, 5000], ids=["none", "half a page", "a page and more"])
-def test_a_full_disk_is_a_failure_of_the_storage_until_there_is_room(database: Database, room: int) -> None:
+def test_a_full_disk_is_a_failure_of_the_storage_until_there_is_room(database: SqliteDatabase, room: int) -> None:
     command = [sys.executable, "-c", _FULL, str(database.path), str(room)]
     done = subprocess.run(command, env=clean_environment({}), capture_output=True, text=True, timeout=30, check=False)
     assert done.stderr == ""
@@ -520,13 +520,14 @@ def test_a_full_disk_is_a_failure_of_the_storage_until_there_is_room(database: D
 
 def test_a_url_names_an_absolute_path(path: Path) -> None:
     database = open_database(f"sqlite:///{path}", 1)
+    assert isinstance(database, SqliteDatabase)
     assert database.path == path
     database.migrate()
     database.close()
     assert path.is_file()
 
 
-def test_models_store_times_to_the_microsecond(database: Database) -> None:
+def test_models_store_times_to_the_microsecond(database: SqliteDatabase) -> None:
     models.bind(database)
     now = Clock().now()
     user = Users(database, Clock()).create("Ada")

@@ -4,7 +4,6 @@ import itertools
 import json
 import select
 import socket
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from doorward_server.delivery import Deliveries, Paces, Schedule
 from doorward_server.errors import DeliveryNotAbandoned, DeliveryNotFound, NoKeyLeft
 from doorward_server.jobs import Action, Ending, PutOff
 from doorward_server.models import AuditEvent, ConsentRequest, Delivery, DeliveryAttempt, Job
+from tests.engines import contents, held
 from tests.processes import await_condition
 from tests.unit.conftest import StoppedClock
 from tests.unit.peers import Peer, Serve, answering, read_request
@@ -465,9 +465,7 @@ def test_no_value_stands_in_the_database(application: Application) -> None:
     application.answer(500)
     application.deliver(Status.GRANTED, *ids)
     application.work()
-    files = [*application.world.home.glob("doorward.db*")]
-    assert files
-    assert not [path for path in files if b"canary-key-7f3a" in path.read_bytes()]
+    assert b"canary-key-7f3a" not in contents(application.world.app.database)
 
 
 # Nothing is lost
@@ -487,13 +485,10 @@ def test_a_database_that_is_away_for_a_while(make_application: Callable[..., App
     def lock_and_answer(connection: socket.socket, _: threading.Event) -> None:
         """The database is another's from before the answer until just after the worker has given up to record it."""
         read_request(connection)
-        with sqlite3.connect(database.path, isolation_level=None) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with held(database):
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             locked.set()
             threading.Event().wait(busy_timeout + 0.2)
-            other.execute("ROLLBACK")
-        other.close()
 
     busy_timeout = application.world.app.settings.database.busy_timeout
     application.serve(lock_and_answer)

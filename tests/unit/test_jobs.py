@@ -568,10 +568,10 @@ from pathlib import Path
 from doorward_server import models
 from doorward_server.clock import Clock
 from doorward_server.crypto import KeyRing, MasterKey
-from doorward_server.database import Database
+from doorward_server.database import open_database
 from doorward_server.jobs import Jobs
 
-database = Database(Path(sys.argv[1]), 20)
+database = open_database(sys.argv[1], 20)
 models.bind(database)
 jobs = Jobs(database, Clock(), KeyRing([MasterKey(b"k" * 32)]))
 done = []
@@ -602,7 +602,7 @@ def test_each_job_is_done_once_by_threads_of_two_processes(jobs: Jobs, database:
     with database.writing():
         for number in range(count):
             jobs.queue("greet", {"number": number})
-    command = [sys.executable, "-c", _WORKER, str(database.path)]
+    command = [sys.executable, "-c", _WORKER, database.url]
     # The jobs are queued by a clock of 2030; the workers' clock is the system's.
     with database.writing():
         Job.update(run_at=Clock().now()).execute()

@@ -12,7 +12,7 @@ import peewee
 import pytest
 
 from doorward_server import models
-from doorward_server.database import Database
+from doorward_server.database import Database, SqliteDatabase
 from doorward_server.errors import SlugTaken, StorageUnavailable
 from doorward_server.models import User
 from tests.processes import await_condition
@@ -101,7 +101,7 @@ def test_a_failing_storage_fails_them_all(together: Together) -> None:
 
 def test_who_waits_for_too_long_leaves_nothing_behind(tmp_path: Path) -> None:
     """What the caller was told to have failed must not happen later."""
-    database = Database(tmp_path / "doorward.db", busy_timeout=0.05)
+    database = SqliteDatabase(tmp_path / "doorward.db", busy_timeout=0.05)
     database.migrate()
     models.bind(database)
     with ThreadPoolExecutor(1) as pool:

@@ -3,6 +3,8 @@
 import peewee
 from playhouse.migrate import SchemaMigrator
 
+from doorward_server.database import ddl
+
 STATEMENTS = """
 CREATE TABLE users (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -43,7 +45,7 @@ CREATE TABLE connections (
     refresh_token BLOB,
     expires_at BIGINT,
     obtained_at BIGINT NOT NULL,
-    needs_reauth INTEGER NOT NULL,
+    needs_reauth BOOLEAN NOT NULL,
     lease_epoch INTEGER NOT NULL,
     lease_expires_at BIGINT,
     lease_failure TEXT,
@@ -85,6 +87,4 @@ CREATE TABLE master_keys (
 
 
 def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
-    for statement in STATEMENTS.split(";"):
-        if statement.strip():
-            database.execute_sql(statement)  # type: ignore[no-untyped-call]
+    ddl.run(database, STATEMENTS)

@@ -5,6 +5,8 @@ import unicodedata
 import peewee
 from playhouse.migrate import SchemaMigrator
 
+from doorward_server.database import ddl
+
 STATEMENTS = """
 CREATE TABLE api_clients (
     id TEXT PRIMARY KEY,
@@ -25,9 +27,9 @@ CREATE INDEX client_secrets_client ON client_secrets (client_id);
 ALTER TABLE users ADD COLUMN client_id TEXT REFERENCES api_clients (id);
 ALTER TABLE users ADD COLUMN email_key TEXT;
 ALTER TABLE users ADD COLUMN role TEXT NOT NULL DEFAULT '';
-ALTER TABLE users ADD COLUMN license_active INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE users ADD COLUMN license_active BOOLEAN NOT NULL DEFAULT FALSE;
 ALTER TABLE users ADD COLUMN license_ends_at BIGINT;
-ALTER TABLE users ADD COLUMN subscription_active INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE users ADD COLUMN subscription_active BOOLEAN NOT NULL DEFAULT FALSE;
 ALTER TABLE users ADD COLUMN subscription_ends_at BIGINT;
 ALTER TABLE users ADD COLUMN stats_games_completed INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE users ADD COLUMN stats_play_time REAL NOT NULL DEFAULT 0;
@@ -55,9 +57,7 @@ CREATE TABLE providers (
 
 
 def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
-    for statement in STATEMENTS.split(";"):
-        if statement.strip():
-            database.execute_sql(statement)  # type: ignore[no-untyped-call]
+    ddl.run(database, STATEMENTS)
     # SQLite's lower() knows ASCII only. Two addresses that differ in the case of other letters may
     # stand here: the older user keeps the key, the newer one's address stays, and blocks nobody.
     taken = set()
@@ -67,5 +67,4 @@ def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
         if key not in taken:
             taken.add(key)
             database.execute_sql("UPDATE users SET email_key = ? WHERE id = ?", (key, user_id))  # type: ignore[no-untyped-call]
-    database.execute_sql("DROP INDEX users_email")  # type: ignore[no-untyped-call]
-    database.execute_sql("CREATE UNIQUE INDEX users_email ON users (email_key)")  # type: ignore[no-untyped-call]
+    ddl.run(database, "DROP INDEX users_email; CREATE UNIQUE INDEX users_email ON users (email_key)")

@@ -3,6 +3,8 @@
 import peewee
 from playhouse.migrate import SchemaMigrator
 
+from doorward_server.database import ddl
+
 STATEMENTS = """
 CREATE TABLE api_keys (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -22,7 +24,7 @@ CREATE TABLE applications (
     name_key TEXT NOT NULL UNIQUE,
     callback_prefixes TEXT NOT NULL,
     callback_format TEXT NOT NULL,
-    enabled INTEGER NOT NULL,
+    enabled BOOLEAN NOT NULL,
     created_at BIGINT NOT NULL
 );
 CREATE TABLE application_secrets (
@@ -61,8 +63,6 @@ CREATE TABLE consent_requests (
     created_at BIGINT NOT NULL,
     finished_at BIGINT
 );
--- The same request again is the same request, while it is open.
-CREATE UNIQUE INDEX consent_requests_open ON consent_requests (discord_user, callback, state) WHERE finished_at IS NULL;
 CREATE INDEX consent_requests_prompt ON consent_requests (prompt_id);
 CREATE INDEX consent_requests_leasable ON consent_requests (lease_expires_at) WHERE status = 'pending';
 CREATE INDEX consent_requests_user ON consent_requests (discord_user, id);
@@ -100,7 +100,7 @@ CREATE TABLE deliveries (
     webhook_id TEXT NOT NULL UNIQUE,
     error TEXT,
     status TEXT NOT NULL,
-    carried_keys INTEGER NOT NULL,
+    carried_keys BOOLEAN NOT NULL,
     attempts INTEGER NOT NULL,
     next_attempt_at BIGINT,
     created_at BIGINT NOT NULL,
@@ -138,8 +138,11 @@ CREATE TABLE access_reads (
     UNIQUE (minute, caller, connection_id)
 );
 """
+# The same request again is the same request, while it is open. PostgreSQL's indexes hold no texts as long as these.
+OPEN = "CREATE UNIQUE INDEX consent_requests_open ON consent_requests ({}) WHERE finished_at IS NULL"
+SQLITE_OPEN, POSTGRESQL_OPEN = "discord_user, callback, state", "discord_user, md5(callback), sha256(state)"
 # Apart, for they hold semicolons. The third one also stops INSERT OR REPLACE, which deletes without a trigger.
-TRIGGERS = (
+SQLITE_TRIGGERS = (
     """
 CREATE TRIGGER audit_events_update BEFORE UPDATE ON audit_events
 BEGIN SELECT RAISE(ABORT, 'audit_events is append-only'); END
@@ -154,9 +157,35 @@ WHEN NEW.id IS NOT (SELECT ifnull(max(id), 0) + 1 FROM audit_events)
 BEGIN SELECT RAISE(ABORT, 'audit_events is append-only: the next id is the last one plus 1'); END
 """,
 )
+POSTGRESQL_TRIGGERS = (
+    """
+CREATE FUNCTION audit_events_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION 'audit_events is append-only' USING ERRCODE = 'integrity_constraint_violation'; END $$
+""",
+    """
+CREATE FUNCTION audit_events_follow() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.id IS DISTINCT FROM (SELECT coalesce(max(id), 0) + 1 FROM audit_events) THEN
+        RAISE EXCEPTION 'audit_events is append-only: the next id is the last one plus 1'
+            USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER audit_events_change BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_events
+FOR EACH STATEMENT EXECUTE FUNCTION audit_events_refuse()
+""",
+    """
+CREATE TRIGGER audit_events_insert BEFORE INSERT ON audit_events
+FOR EACH ROW EXECUTE FUNCTION audit_events_follow()
+""",
+)
 
 
 def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
-    for statement in (*STATEMENTS.split(";"), *TRIGGERS):
-        if statement.strip():
-            database.execute_sql(statement)  # type: ignore[no-untyped-call]
+    ddl.run(database, STATEMENTS)
+    is_postgresql = ddl.is_postgresql(database)
+    ddl.run_one(database, OPEN.format(POSTGRESQL_OPEN if is_postgresql else SQLITE_OPEN))
+    for trigger in POSTGRESQL_TRIGGERS if is_postgresql else SQLITE_TRIGGERS:
+        ddl.run_one(database, trigger)

@@ -1,30 +1,26 @@
-"""The database: connections, write transactions, and the schema's version. Imports only `errors`."""
+"""What both engines share: writing in turn, shared commits, news, and migrations."""
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 import threading
-import time
-from collections import deque
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import peewee
 from playhouse.migrations import Runner
 
 from doorward_server.errors import DoorwardError, OperatorError, StorageUnavailable
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
-
-
-# Pages in KiB that each connection may cache: the operating system caches the file once for all.
-_CACHE_KIB = 512
+_MIGRATIONS = Path(__file__).parents[1] / "migrations"
 _LONGEST_QUEUE = 48
 T = TypeVar("T")
+Row = tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -42,42 +38,44 @@ class Change(Generic[T]):
         return cast(T, self.result)
 
 
-class Database:
-    """A SQLite file: WAL, every commit synced.
+class Database(ABC):
+    """One database, for many threads. Whoever writes does so alone: no other transaction writes meanwhile.
 
-    A thread that uses the ORM or writes has a connection of its own, kept open. Hot reads share a
-    few connections instead: the one that was used last is the warmest.
-
-    Failures of the storage itself (full, locked for too long, read-only, damaged) are raised as
-    StorageUnavailable; violations of a constraint stay peewee.IntegrityError, for the caller knows
-    what they mean.
+    Failures of the storage itself (away, full, locked for too long, read-only, damaged) are raised as
+    StorageUnavailable; violations of a constraint stay peewee.IntegrityError, for the caller knows what they mean.
     """
 
-    def __init__(self, path: Path, busy_timeout: float) -> None:
-        pragmas = {
-            "journal_mode": "wal",
-            "synchronous": "full",
-            "foreign_keys": 1,
-            "cache_size": -_CACHE_KIB,
-        }
-        self.path = path
-        self.engine = peewee.SqliteDatabase(str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE")
+    # What a failure's words hold, and what the operator can do about it.
+    advice: ClassVar[Sequence[tuple[str, str]]]
+    # Failures of the driver itself, which peewee has not seen.
+    driver_error: ClassVar[type[Exception]]
+
+    def __init__(self, engine: peewee.Database, url: str, place: str, busy_timeout: float) -> None:
+        """`place` names the database to people; it holds no password."""
+        self.engine = engine
+        self.url = url
+        self.place = place
         self._busy_timeout = busy_timeout
-        # BEGIN IMMEDIATE queues unfairly between threads: under load some starve until they see
-        # "database is locked". So threads queue here, and only processes meet in SQLite.
+        # Engines queue writers unfairly, or hold a connection for each: so threads queue here, and only
+        # processes meet in the database.
         self._writer = threading.Lock()
-        # While the file is held by another program, some threads have to stay free for reads.
+        # While another program holds the database, some threads have to stay free for reads.
         self._queue = threading.BoundedSemaphore(_LONGEST_QUEUE)
         # What waits to be written; a deque's operations are atomic.
         self._changes: deque[Change[Any]] = deque()
-        # Taken from and returned to the end; list operations are atomic.
-        self._readers: list[sqlite3.Connection] = []
+        self._subscribers: dict[str, list[Callable[[], None]]] = defaultdict(list)
+
+    # Writing
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A transaction. Never do network calls inside."""
-        with self._as_writer(), storage_failures(), self.engine.atomic():
+        """A transaction in which nobody else writes. Never do network calls inside."""
+        with self._as_writer(), storage_failures(), self._transaction():
             yield
+
+    @abstractmethod
+    def _transaction(self) -> Any:
+        """A context in which everything is done by this thread alone, and committed at the end."""
 
     @contextmanager
     def _as_writer(self) -> Iterator[None]:
@@ -123,7 +121,7 @@ class Database:
     def _run_changes(self, changes: Sequence[Change[Any]]) -> None:
         """Run changes together; or, if one of them fails, each by itself."""
         try:
-            with storage_failures(), self.engine.atomic():
+            with storage_failures(), self._transaction():
                 for change in changes:
                     change.result = change.run()
         except StorageUnavailable as failure:
@@ -137,7 +135,7 @@ class Database:
 
     def _run_alone(self, change: Change[Any]) -> None:
         try:
-            with storage_failures(), self.engine.atomic():
+            with storage_failures(), self._transaction():
                 change.result = change.run()
         except Exception as failure:  # noqa: BLE001 - its thread raises it
             change.failure = failure
@@ -152,91 +150,96 @@ class Database:
         finally:
             self._queue.release()
 
-    def execute(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
+    def execute(self, sql: str, parameters: Sequence[object]) -> Row | None:
         """Run a constant statement inside the caller's transaction, without peewee; returns the first row, if any."""
-        row: tuple[Any, ...] | None = self.engine.execute_sql(sql, parameters).fetchone()  # type: ignore[no-untyped-call]
-        return row
+        rows = self.execute_all(sql, parameters)
+        return rows[0] if rows else None
 
-    def fetch_one(self, sql: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
+    def execute_all(self, sql: str, parameters: Sequence[object]) -> list[Row]:
+        """As `execute`; returns all rows."""
+        cursor = self.engine.execute_sql(self._text(sql), parameters)  # type: ignore[no-untyped-call]
+        return cursor.fetchall() if cursor.description is not None else []
+
+    @abstractmethod
+    def claim(self, sql: str, parameters: Sequence[object]) -> list[Row]:
+        """Take rows by one conditional UPDATE ... RETURNING, outside of transactions.
+
+        Its subselect ends with FOR UPDATE SKIP LOCKED: where others may claim at the same time, each takes its own.
+        """
+
+    # Reading
+
+    @abstractmethod
+    def _text(self, sql: str) -> str:
+        """A constant statement in this engine's words."""
+
+    def fetch_one(self, sql: str, parameters: Sequence[object]) -> Row | None:
         """The first row of a constant statement, without peewee: for hot reads, outside of transactions."""
         rows = self.fetch_rows(sql, parameters)
         return rows[0] if rows else None
 
-    def fetch_rows(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+    @abstractmethod
+    def fetch_rows(self, sql: str, parameters: Sequence[object]) -> list[Row]:
         """All rows of a constant statement, as `fetch_one` reads one."""
-        try:
-            try:
-                reader = self._readers.pop()
-            except IndexError:
-                reader = self._open_reader()
-            rows: list[tuple[Any, ...]] = reader.execute(sql, parameters).fetchall()
-        except sqlite3.Error as error:
-            raise StorageUnavailable from error
-        self._readers.append(reader)
-        return rows
-
-    def _open_reader(self) -> sqlite3.Connection:
-        reader = sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)
-        reader.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        reader.execute("PRAGMA query_only = 1")
-        return reader
 
     def fetch_all(self, query: peewee.ModelSelect[Any]) -> list[Any]:
         """All rows of a query."""
         with storage_failures():
             return list(query)
 
-    def execute_all(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
-        """As `execute`; returns all rows."""
-        rows: list[tuple[Any, ...]] = self.engine.execute_sql(sql, parameters).fetchall()  # type: ignore[no-untyped-call]
-        return rows
+    # News: a hint to look sooner; what is to be done is found by looking, too
+
+    def subscribe(self, topic: str, wake: Callable[[], None]) -> None:
+        """Call `wake`, which must not block, soon after a change that was announced under the topic."""
+        self._subscribers[topic].append(wake)
+
+    def announce(self, topic: str) -> None:
+        """Wake the topic's subscribers once the caller's transaction is committed."""
+        self.engine.after_commit(partial(self._wake, topic))
+
+    def _wake(self, topic: str) -> None:
+        for wake in self._subscribers[topic]:
+            wake()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """For the time of a `with` block, hear other processes' news too, where the engine carries them."""
+        yield
+
+    # The schema
 
     def migrate(self) -> list[str]:
         """Bring an empty or older schema up to date; returns the names of the migrations applied."""
-        with self._operators_view(), self.writing():
+        with self.operators_view(), self.writing():
             return list(self._runner().up())
 
     def check_schema(self) -> list[str]:
         """The names of the migrations that are due; OperatorError when the schema is newer than this program."""
-        with self._operators_view():
+        with self.operators_view():
             status = self._runner().status()
         if newer := [step.name for step in status if step.path is None]:
             raise OperatorError(
-                f"the database {self.path} has a newer schema ({newer[-1]}) than this version of Doorward knows: "
+                f"the database {self.place} has a newer schema ({newer[-1]}) than this version of Doorward knows: "
                 "upgrade Doorward, or restore a backup from before the upgrade"
             )
         return [step.name for step in status if not step.applied]
-
-    def close(self) -> None:
-        """Close this thread's connection and those of the hot reads."""
-        self.engine.close()
-        while self._readers:
-            self._readers.pop().close()
 
     def _runner(self) -> Runner:
         return Runner(self.engine, str(_MIGRATIONS))
 
     @contextmanager
-    def _operators_view(self) -> Iterator[None]:
+    def operators_view(self) -> Iterator[None]:
+        """Failures of the storage, as sentences for the operator."""
         try:
             yield
-        except (StorageUnavailable, peewee.DatabaseError, sqlite3.Error) as failure:
-            reason = str(_root(failure))
-            raise OperatorError(f"cannot use the database {self.path}: {reason}{_advice(reason)}") from None
+        except (StorageUnavailable, peewee.DatabaseError, peewee.InterfaceError, self.driver_error) as failure:
+            reason = " ".join(str(_root(failure)).split())
+            mend = next((f". Mend: {advice}" for symptom, advice in self.advice if symptom in reason), "")
+            raise OperatorError(f"cannot use the database {self.place}: {reason}{mend}") from None
 
-    def prepare(self) -> None:
-        """Switch the file to WAL, which it then stays in. SQLite does not wait for other processes to do that."""
-        deadline = time.monotonic() + self._busy_timeout
-        with self._operators_view(), contextlib.closing(sqlite3.connect(self.path)) as connection:
-            while True:
-                try:
-                    connection.execute("PRAGMA journal_mode = wal")
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.01)
-                else:
-                    return
+    @abstractmethod
+    def close(self) -> None:
+        """Close this thread's connection and those that nobody uses."""
 
 
 def _root(failure: BaseException) -> BaseException:
@@ -244,20 +247,6 @@ def _root(failure: BaseException) -> BaseException:
     while (earlier := failure.__cause__ or failure.__context__) is not None:
         failure = earlier
     return failure
-
-
-def _advice(reason: str) -> str:
-    for symptom, advice in (
-        ("readonly", "make the file and its folder writable, or set DOORWARD_DATABASE_URL to another place"),
-        ("unable to open", "make its folder (`doorward init` makes the home), or set DOORWARD_DATABASE_URL"),
-        ("full", "free some disk space"),
-        ("disk I/O", "free some disk space, or look after the disk"),
-        ("not a database", "it is another program's file or damaged: restore a backup, or set DOORWARD_DATABASE_URL"),
-        ("locked", "another program holds it: stop that one first"),
-    ):
-        if symptom in reason:
-            return f". Mend: {advice}"
-    return ""
 
 
 @contextmanager
@@ -269,10 +258,3 @@ def storage_failures() -> Iterator[None]:
         raise
     except (peewee.DatabaseError, peewee.InterfaceError) as error:
         raise StorageUnavailable from error
-
-
-def open_database(url: str, busy_timeout: float) -> Database:
-    """The database at `sqlite:///path`."""
-    database = Database(Path(url.removeprefix("sqlite:///")), busy_timeout)
-    database.prepare()
-    return database

@@ -1,0 +1,108 @@
+"""SQLite: a file, for processes of one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peewee
+
+from doorward_server.database.base import Database, Row
+from doorward_server.errors import StorageUnavailable
+
+# Pages in KiB that each connection may cache: the operating system caches the file once for all.
+_CACHE_KIB = 512
+
+
+class SqliteDatabase(Database):
+    """A SQLite file: WAL, every commit synced.
+
+    A thread that uses the ORM or writes has a connection of its own, kept open. Hot reads share a
+    few connections instead: the one that was used last is the warmest.
+    """
+
+    driver_error = sqlite3.Error
+    advice = (
+        ("readonly", "make the file and its folder writable, or set DOORWARD_DATABASE_URL to another place"),
+        ("unable to open", "make its folder (`doorward init` makes the home), or set DOORWARD_DATABASE_URL"),
+        ("full", "free some disk space"),
+        ("disk I/O", "free some disk space, or look after the disk"),
+        ("not a database", "it is another program's file or damaged: restore a backup, or set DOORWARD_DATABASE_URL"),
+        ("locked", "another program holds it: stop that one first"),
+    )
+
+    def __init__(self, path: Path, busy_timeout: float) -> None:
+        pragmas = {
+            "journal_mode": "wal",
+            "synchronous": "full",
+            "foreign_keys": 1,
+            "cache_size": -_CACHE_KIB,
+        }
+        self.path = path
+        engine = peewee.SqliteDatabase(str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE")
+        super().__init__(engine, f"sqlite:///{path}", str(path), busy_timeout)
+        # Taken from and returned to the end; list operations are atomic.
+        self._readers: list[sqlite3.Connection] = []
+
+    @classmethod
+    def prepared(cls, url: str, busy_timeout: float) -> SqliteDatabase:
+        """The file at `sqlite:///path`, in WAL."""
+        database = cls(Path(url.removeprefix("sqlite:///")), busy_timeout)
+        database.prepare()
+        return database
+
+    def _transaction(self) -> Any:
+        return self.engine.atomic()
+
+    def _text(self, sql: str) -> str:
+        return _text(sql)
+
+    def claim(self, sql: str, parameters: Sequence[object]) -> list[Row]:
+        return self.write(lambda: self.execute_all(sql, parameters))
+
+    def fetch_rows(self, sql: str, parameters: Sequence[object]) -> list[Row]:
+        try:
+            try:
+                reader = self._readers.pop()
+            except IndexError:
+                reader = self._open_reader()
+            rows: list[Row] = reader.execute(sql, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise StorageUnavailable from error
+        self._readers.append(reader)
+        return rows
+
+    def _open_reader(self) -> sqlite3.Connection:
+        reader = sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)
+        reader.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        reader.execute("PRAGMA query_only = 1")
+        return reader
+
+    def close(self) -> None:
+        self.engine.close()
+        while self._readers:
+            self._readers.pop().close()
+
+    def prepare(self) -> None:
+        """Switch the file to WAL, which it then stays in. SQLite does not wait for other processes to do that."""
+        deadline = time.monotonic() + self._busy_timeout
+        with self.operators_view(), contextlib.closing(sqlite3.connect(self.path)) as connection:
+            while True:
+                try:
+                    connection.execute("PRAGMA journal_mode = wal")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
+                else:
+                    return
+
+
+@cache
+def _text(sql: str) -> str:
+    return sql.replace("FOR UPDATE SKIP LOCKED", "")
