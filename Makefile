@@ -41,6 +41,7 @@ check: $(STAMP)  ## lint, types, layers, protos, generated code, Envoy's own val
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.protos check
 	$(BIN)/doorward-gateway --validate
+	$(BIN)/python -m tests.certificates $(BIN)/doorward-gateway --validate
 
 format: $(STAMP)  ## format the code and the protos
 	$(BIN)/ruff check --fix --exit-zero .

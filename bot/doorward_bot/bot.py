@@ -23,6 +23,7 @@ from doorward_bot.logs import Log, describe, make_log
 from doorward_bot.poller import Poller
 from doorward_bot.settings import Settings
 from doorward_bot.sharing import Sharing
+from doorward_bot.tls import read_credentials
 
 _BAD_TOKEN = "Discord does not take DISCORD_TOKEN (any more): make a new one in its developer portal"  # noqa: S105
 _INVALID_TOKEN = 4004
@@ -74,7 +75,8 @@ async def run(settings: Settings) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: _log_unawaited(log, context))
     Route.BASE = settings.discord_api_base
     token = settings.discord_token.get_secret_value()
-    async with Broker(settings.server, settings.doorward_bot_token.get_secret_value()) as broker:
+    server_token = settings.doorward_bot_token.get_secret_value()
+    async with Broker(settings.server, read_credentials(settings), server_token) as broker:
         bot = Bot(log)
         consent = Consent(bot, broker, log)
         for cog in (consent, Keys(broker, consent), Sharing(broker)):

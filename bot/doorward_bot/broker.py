@@ -53,8 +53,12 @@ class NotAdmitted(BotError):
 class Broker:
     """KeyBrokerService; its methods by their names."""
 
-    def __init__(self, address: str, token: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None, token: str) -> None:
+        """`credentials`: of TLS, if it is to be spoken."""
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self._stub = stubs.KeyBrokerServiceStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),)
         # Whether the last call was answered.

@@ -41,6 +41,12 @@ def serve(
 
     DOORWARD_BOT_SERVER: the server's gRPC port as host:port; by default on this machine, at DOORWARD_GRPC_PORT.
 
+    DOORWARD_BOT_CA_FILE: TLS to the server: a PEM file of the authorities that its certificate has to come from.
+
+    DOORWARD_BOT_CERT_FILE, DOORWARD_BOT_KEY_FILE: what the bot presents to a server that asks for a certificate.
+
+    DOORWARD_BOT_ALLOW_PLAINTEXT: true lets the bot call a server on another machine without TLS.
+
     DOORWARD_BOT_HEALTH_PORT: where GET /healthz on 127.0.0.1 tells whether Discord and the server are reached.
 
     DISCORD_API_BASE: another Discord, such as a stand-in for tests.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from doorward_bot.errors import BotError
@@ -31,6 +31,13 @@ class Settings(BaseSettings):
     # The server's gRPC port, as host:port; unset: on this machine, at DOORWARD_GRPC_PORT.
     doorward_bot_server: str = ""
     doorward_grpc_port: int = Field(50051, ge=1, le=65535)
+    # TLS to the server: a PEM file of the authorities that its certificate has to come from, with the host's name.
+    doorward_bot_ca_file: Path | None = None
+    # What the bot presents to a server that asks for a certificate: PEM files of one and of its key.
+    doorward_bot_cert_file: Path | None = None
+    doorward_bot_key_file: Path | None = None
+    # Whether a server on another machine may be called without TLS, which shows the service token and users' keys.
+    doorward_bot_allow_plaintext: bool = False
     # Where GET /healthz tells whether Discord and the server are reached, on this machine; 0: nowhere.
     doorward_bot_health_port: int = Field(0, ge=0, le=65535)
     doorward_log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -60,6 +67,24 @@ class Settings(BaseSettings):
         if server and (parts is None or not parts.port or parts.netloc != server):
             raise ValueError("it has to be host:port, such as 127.0.0.1:50051")
         return server
+
+    @model_validator(mode="after")
+    def _calls_in_safety(self) -> "Settings":
+        if (self.doorward_bot_cert_file is None) != (self.doorward_bot_key_file is None):
+            raise ValueError("DOORWARD_BOT_CERT_FILE and DOORWARD_BOT_KEY_FILE belong together: set both, or none")
+        if self.doorward_bot_ca_file is not None or self.doorward_bot_allow_plaintext:
+            return self
+        if self.doorward_bot_cert_file is not None:
+            raise ValueError(
+                "DOORWARD_BOT_CERT_FILE needs TLS: set DOORWARD_BOT_CA_FILE, the authorities of the server's one, too"
+            )
+        if not _is_loopback(urlsplit(f"//{self.server}").hostname or ""):
+            raise ValueError(
+                f"DOORWARD_BOT_SERVER: {self.server} may be another machine, and the token and users' keys would go "
+                "there in clear: set DOORWARD_BOT_CA_FILE, or DOORWARD_BOT_ALLOW_PLAINTEXT=true if the network is "
+                "your own"
+            )
+        return self
 
     @property
     def server(self) -> str:
@@ -95,10 +120,13 @@ def load(environment: dict[str, str]) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        what = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise BotError(what) from None
         name = str(first["loc"][0]).upper()
         if first["type"] == "missing":
             raise BotError(f"{name} is not set: it is {_MISSING[name]}") from None
-        raise BotError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise BotError(f"{name}: {what}") from None
 
 
 def _read(variable: str, path: str) -> str:

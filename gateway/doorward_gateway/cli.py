@@ -55,5 +55,6 @@ def gateway(
     launcher = Launcher(settings)
     if validate:
         raise typer.Exit(launcher.validate())
-    url = f"http://{settings.gateway.host}:{settings.gateway.port}"
+    scheme = "http" if settings.gateway.tls_cert_file is None else "https"
+    url = f"{scheme}://{settings.gateway.host}:{settings.gateway.port}"
     raise typer.Exit(launcher.run(on_ready=lambda: typer.echo(f"gateway on {url}", err=True)))

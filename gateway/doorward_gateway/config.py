@@ -1,4 +1,4 @@
-"""Envoy's configuration: envoy.yaml with the operator's addresses, limits and paths. Imports `settings`."""
+"""Envoy's configuration: envoy.yaml with the operator's addresses, limits and paths. Imports `settings` and `tls`."""
 
 import ipaddress
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from doorward_gateway import tls
 from doorward_gateway.settings import GatewayError, Settings, checkout
 
 _SOCKET_PATH_BYTES = 107
@@ -19,10 +20,13 @@ def render(settings: Settings) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(_find("envoy.yaml", "envoy.yaml").read_text())
     resources = config["static_resources"]
     listener, cluster = resources["listeners"][0], resources["clusters"][0]
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    chain = listener["filter_chains"][0]
+    manager = chain["filters"][0]["typed_config"]
 
     _set_address(config["admin"]["address"], "127.0.0.1", gateway.admin_port)
     _set_address(listener["address"], gateway.host, gateway.port)
+    manager["xff_num_trusted_hops"] = gateway.trusted_hops
+    chain.update(tls.for_public(settings))
     for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
         if "route" in route:
             route["route"]["timeout"] = f"{gateway.timeout:g}s"
@@ -40,6 +44,9 @@ def render(settings: Settings) -> dict[str, Any]:
                 descriptors = _find("descriptors.binpb", "gateway/descriptors.binpb")
                 http_filter["typed_config"]["proto_descriptor"] = str(descriptors)
     addresses = [_upstream(upstream) for upstream in settings.upstreams]
+    if gateway.upstream_ca_file is None and not gateway.upstream_allow_plaintext:
+        _refuse_other_machines(addresses)
+    cluster.update(tls.for_upstreams(settings))
     cluster["type"] = "STATIC" if all(map(_is_literal, addresses)) else "STRICT_DNS"
     cluster["load_assignment"]["endpoints"] = [
         {"lb_endpoints": [{"endpoint": {"address": address}} for address in addresses]}
@@ -76,6 +83,18 @@ def _upstream(text: str) -> dict[str, Any]:
             f'[gateway] upstreams (or DOORWARD_GATEWAY_UPSTREAMS): "{text}" has to be unix:PATH or host:port'
         )
     return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
+
+
+def _refuse_other_machines(addresses: list[dict[str, Any]]) -> None:
+    """Without TLS, what users send and get would go there in clear."""
+    for address in addresses:
+        host = address.get("socket_address", {}).get("address", "localhost")
+        if host.lower() != "localhost" and not (_is_literal(address) and ipaddress.ip_address(host).is_loopback):
+            raise GatewayError(
+                f"[gateway] upstreams: {host} may be another machine, and users' credentials would go there in clear: "
+                "set [gateway] upstream_ca_file and upstream_name, or upstream_allow_plaintext = true if the network "
+                "is your own"
+            )
 
 
 def _is_literal(address: dict[str, Any]) -> bool:

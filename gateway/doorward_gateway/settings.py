@@ -38,10 +38,24 @@ class GatewaySection(BaseModel):
     # Where the public listens.
     host: str = "127.0.0.1"
     port: Port = 8080
+    # TLS to the public: PEM files of the certificate with its chain, and of its key; relative to the settings file.
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    # Proxies in front that append to X-Forwarded-For: the client is who connects to the outermost of them.
+    trusted_hops: int = Field(0, ge=0, le=16)
     # Envoy's administration, which must never be reachable from outside.
     admin_port: Port = 9901
     # `unix:PATH` or host:port of each server; unset: the Unix socket in the home.
     upstreams: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    # TLS to servers at host:port: the authorities of their certificates, and the name (a DNS subject
+    # alternative name) that these hold.
+    upstream_ca_file: Path | None = None
+    upstream_name: str | None = Field(None, min_length=1)
+    # What the gateway presents to them, so that they know it.
+    upstream_cert_file: Path | None = None
+    upstream_key_file: Path | None = None
+    # Whether servers on other machines may be reached without TLS.
+    upstream_allow_plaintext: bool = False
     # Requests per second and client address, with bursts of twice as many. 0 turns the limit off.
     rate_limit: int = Field(100, ge=0, le=1_000_000)
     # How long a request may take, in seconds; longer than any provider's timeout.
@@ -97,6 +111,31 @@ class Settings(BaseSettings):
         if self.gateway.drain_wait + self.gateway.drain_grace > 3.5:  # noqa: PLR2004
             raise ValueError("[gateway] drain_wait and drain_grace have to end within 3.5 s together: lower one")
         return self
+
+    @model_validator(mode="after")
+    def _has_all_of_its_tls(self) -> "Settings":
+        gateway = self.gateway
+        for first, second in (
+            ("tls_cert_file", "tls_key_file"),
+            ("upstream_ca_file", "upstream_name"),
+            ("upstream_cert_file", "upstream_key_file"),
+        ):
+            if (getattr(gateway, first) is None) != (getattr(gateway, second) is None):
+                raise ValueError(f"[gateway] {first} and {second} belong together: set both, or none")
+        if gateway.upstream_cert_file is not None and gateway.upstream_ca_file is None:
+            raise ValueError(
+                "[gateway] upstream_cert_file needs TLS to the servers: set upstream_ca_file and upstream_name, too"
+            )
+        if gateway.upstream_ca_file is not None and any(name.startswith("unix:") for name in self.upstreams):
+            raise ValueError(
+                "[gateway] upstream_ca_file is for servers at host:port, and TLS is not spoken over a Unix socket: "
+                "set upstreams to host:port only, or remove it"
+            )
+        return self
+
+    def beside(self, path: Path) -> Path:
+        """A path of the settings, which is relative to their file."""
+        return self.config.parent / path
 
     @property
     def upstreams(self) -> tuple[str, ...]:

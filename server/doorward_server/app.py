@@ -48,10 +48,12 @@ from doorward_server.rpc.identity import IdentityServicer
 from doorward_server.rpc.integration import IntegrationServicer
 from doorward_server.rpc.interceptors import Authenticator, CallInterceptor
 from doorward_server.rpc.keybroker import KeyBrokerServicer
+from doorward_server.rpc.peers import Peers
 from doorward_server.rpc.policy import read_policies
 from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions
 from doorward_server.settings import Settings
+from doorward_server.tls import ServerTls, is_loopback, read_tls
 from doorward_server.users import Users
 from doorward_server.worker import RetryPolicy, Worker
 
@@ -66,6 +68,8 @@ CHANNEL_OPTIONS = [
     # More than the headers that the gateway lets pass: 60 KiB.
     ("grpc.max_metadata_size", 96 << 10),
     ("grpc.absolute_max_metadata_size", 128 << 10),
+    # Whoever opens a connection has to say something soon; the default is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # The gateway and the bot ping idle connections; by default that is punished.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
@@ -306,10 +310,24 @@ class App:
         return CallInterceptor(
             read_policies(SERVICES, self.settings.origins),
             Authenticator(self.sessions, self.service_tokens, self.clients, self.applications, self.basic_failures),
+            Peers(self.settings.grpc.gateway_name),
             self.log,
             access_log=self.settings.log.access,
             whole_messages=whole_messages,
         )
+
+    @cached_property
+    def tls(self) -> ServerTls | None:
+        """What the TCP port speaks TLS with, if it does."""
+        section, beside = self.settings.grpc, self.settings.beside
+        if section.tls_cert_file is None or section.tls_key_file is None:
+            return None
+        client_ca_file = beside(section.client_ca_file) if section.client_ca_file else None
+        tls = read_tls(beside(section.tls_cert_file), beside(section.tls_key_file), client_ca_file)
+        for pem in filter(None, (tls.certificate, tls.clients)):
+            if pem.expires_at <= self.clock.now():
+                self.log.warning("certificate has expired", file=str(pem.path), expired_at=pem.expires_at.isoformat())
+        return tls
 
     def add_services(self, server: grpc.Server) -> None:
         integration_service_pb2_grpc.add_IntegrationServiceServicer_to_server(
@@ -372,7 +390,7 @@ class Server:
         if settings.grpc.reflection:
             names = [*(service.full_name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, for_services)
-        _listen(for_services, for_gateway, settings)
+        _listen(for_services, for_gateway, settings, self.app.tls)
         _spare_the_collector()
         for_services.start()
         for_gateway.start()
@@ -460,11 +478,20 @@ def _spare_the_collector() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Settings) -> None:
+def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Settings, tls: ServerTls | None) -> None:
     """Bind the TCP port and the gateway's socket. The port comes first: who has it owns the socket too."""
-    address = f"{settings.grpc.host}:{settings.grpc.port}"
+    host = settings.grpc.host.strip("[]")
+    if not is_loopback(host) and tls is None and not settings.grpc.allow_plaintext:
+        raise OperatorError(
+            f"[grpc] host: {host} may be reached from other machines, and service tokens would go there in clear: "
+            "set [grpc] tls_cert_file and tls_key_file, or allow_plaintext = true if the network is your own"
+        )
+    address = f"[{host}]:{settings.grpc.port}" if ":" in host else f"{host}:{settings.grpc.port}"
     try:
-        for_services.add_insecure_port(address)
+        if tls is None:
+            for_services.add_insecure_port(address)
+        else:
+            for_services.add_secure_port(address, _credentials(tls))
     except RuntimeError:
         raise OperatorError(
             f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
@@ -479,6 +506,14 @@ def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Setti
         raise OperatorError(
             f"cannot listen on the Unix socket {path}: make its folder writable or set DOORWARD_GRPC_SOCKET"
         ) from None
+
+
+def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    """gRPC verifies a client's certificate only where it requires one: there is no optional one in Python."""
+    pair = (tls.key, tls.certificate.text)
+    if tls.clients is None:
+        return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([pair], tls.clients.text, require_client_auth=True)
 
 
 def _is_served(path: Path) -> bool:

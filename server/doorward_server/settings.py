@@ -6,6 +6,7 @@ Settings come from a TOML file and from the environment, which wins: `[grpc] por
 
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,8 @@ CLIENT_SECRET_VARIABLE = f"{PREFIX}CLIENT_SECRET"
 # The longest path that a Unix socket's address holds (sun_path, less its final NUL).
 _SOCKET_PATH_BYTES = 107
 
+# A host's name (RFC 1123, section 2.1), which neither an address nor a wildcard is.
+_DNS_NAME = re.compile(r"(?:[A-Za-z0-9-]{1,63}\.)*(?=[0-9-]*[A-Za-z])[A-Za-z0-9-]{1,63}")
 _TEN_YEARS = 10 * 365 * 86400.0
 
 
@@ -81,9 +84,18 @@ class DatabaseSection(Section):
 
 
 class GrpcSection(Section):
-    # The TCP port, for service tokens only.
+    # The TCP port, for service tokens, and for a gateway that `gateway_name` tells.
     host: str = "127.0.0.1"
     port: Port = 50051
+    # TLS of that port: PEM files of the certificate with its chain, and of its key; relative to the settings file.
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    # Mutual TLS: every client of that port has to present a certificate of the authorities in this PEM file.
+    client_ca_file: Path | None = None
+    # Names, DNS subject alternative names, of the gateway's certificate: who presents one of them is the gateway.
+    gateway_name: Listed = ()
+    # Whether that port may be reached from other machines without TLS.
+    allow_plaintext: bool = False
     # The Unix socket of the gateway; unset: doorward-PORT.sock in the home.
     socket: Path | None = None
     # Calls served at once; the rest waits.
@@ -104,6 +116,8 @@ class GatewaySection(Section):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     port: Port = 8080
+    # The certificate of the gateway's own TLS, if it speaks it.
+    tls_cert_file: Path | None = None
     # How long the gateway waits for an answer, in seconds.
     timeout: Seconds = 15.0
 
@@ -277,6 +291,7 @@ class Settings(BaseSettings):
             )
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
+        self._check_tls()
         if not self.database_url.startswith(("sqlite:////", "postgresql://")):
             raise ValueError(
                 "[database] url (or DOORWARD_DATABASE_URL) has to be sqlite:/// and an absolute path, "
@@ -288,6 +303,26 @@ class Settings(BaseSettings):
                 "set [grpc] socket (DOORWARD_GRPC_SOCKET) to a shorter one"
             )
         return self
+
+    def _check_tls(self) -> None:
+        grpc = self.grpc
+        if (grpc.tls_cert_file is None) != (grpc.tls_key_file is None):
+            raise ValueError("[grpc] tls_cert_file and tls_key_file belong together: set both, or none")
+        if grpc.client_ca_file is not None and grpc.tls_cert_file is None:
+            raise ValueError(
+                "[grpc] client_ca_file needs TLS, for clients present their certificates in it: "
+                "set tls_cert_file and tls_key_file, too"
+            )
+        if grpc.gateway_name and grpc.client_ca_file is None:
+            raise ValueError(
+                "[grpc] gateway_name needs client_ca_file, the authorities of the gateway's certificate: set it, too"
+            )
+        for name in grpc.gateway_name:
+            if not _DNS_NAME.fullmatch(name):
+                raise ValueError(
+                    f'[grpc] gateway_name: "{name}" is not a DNS name: write the whole name, without a wildcard, '
+                    "that the gateway's certificate holds"
+                )
 
     def check_timeouts(self, provider: Provider) -> None:
         """Raise ValueError when a provider may take longer than those who wait for it."""
@@ -315,16 +350,25 @@ class Settings(BaseSettings):
     def key_file(self) -> Path:
         return self.master_key_file or self.home / "master.key"
 
+    def beside(self, path: Path) -> Path:
+        """A path of the settings, which is relative to their file."""
+        return self.config.parent / path
+
+    @property
+    def gateway_url(self) -> str:
+        """Where browsers find the gateway."""
+        scheme = "http" if self.gateway.tls_cert_file is None else "https"
+        return self.public_url or f"{scheme}://127.0.0.1:{self.gateway.port}"
+
     @property
     def is_https(self) -> bool:
         """Whether browsers come by TLS."""
-        return self.public_url is not None and self.public_url.lower().startswith("https:")
+        return self.gateway_url.lower().startswith("https:")
 
     @property
     def origins(self) -> frozenset[str]:
         """The origins whose pages may call the cookie routes, in the form of an Origin header."""
-        public_url = self.public_url or f"http://127.0.0.1:{self.gateway.port}"
-        return frozenset(map(_origin, (public_url, *self.allowed_origins)))
+        return frozenset(map(_origin, (self.gateway_url, *self.allowed_origins)))
 
 
 def _origin(url: str) -> str:

@@ -19,6 +19,7 @@ from doorward.identity.v1 import identity_service_pb2_grpc as stubs
 from doorward_server import settings as settings_module
 from doorward_server.app import App
 from doorward_server.rpc.interceptors import Authenticator
+from doorward_server.rpc.peers import Peer
 from doorward_server.rpc.policy import read_policies
 from tests.bench import load, stack
 from tests.bench.contenders import Contender, fetching_contender, server_contender
@@ -112,7 +113,7 @@ def _basic_seconds(home: Path, basic: str) -> float:
     def timed() -> float:
         started = time.perf_counter()
         for _ in range(_BASIC_CALLS):
-            policy.authenticate(authenticator.credentials(policy, "unix:", metadata))
+            policy.authenticate(authenticator.credentials(policy, Peer("unix:", is_gateway=True), metadata))
         return (time.perf_counter() - started) / _BASIC_CALLS
 
     seconds = statistics.median(timed() for _ in range(5))

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 
 from doorward_bot import settings
 from doorward_bot.errors import BotError
+from doorward_bot.tls import read_credentials
+from tests.certificates import Authority
 from tests.processes import BIN, clean_environment
 
 DISCORD_TOKEN = "MTU3NzMwNTkwNDkyMTk2ODY0.secret.of-discord"
@@ -72,6 +74,9 @@ def test_everything(environment: Environment) -> None:
         {
             "DISCORD_API_BASE": "https://discord.example/api/v10/",
             "DOORWARD_BOT_SERVER": "doorward.internal:6000",
+            "DOORWARD_BOT_CA_FILE": "/etc/doorward/ca.pem",
+            "DOORWARD_BOT_CERT_FILE": "/etc/doorward/bot.pem",
+            "DOORWARD_BOT_KEY_FILE": "/etc/doorward/bot.key",
             "DOORWARD_GRPC_PORT": "7000",
             "DOORWARD_BOT_HEALTH_PORT": "8000",
             "DOORWARD_LOG_LEVEL": "debug",
@@ -244,9 +249,92 @@ def test_a_wrong_setting(environment: Environment, name: str, value: str) -> Non
     assert environment.refusal({name: value}).startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize("server", ["127.0.0.1:50051", "localhost:1", "[::1]:65535", "server.internal:50051"])
+_HERE = ["127.0.0.1:50051", "127.8.8.8:1", "localhost:1", "LOCALHOST:1", "[::1]:65535"]
+_ELSEWHERE = [
+    "10.0.0.7:50051",
+    "0.0.0.0:50051",
+    "[::]:50051",
+    "[2001:db8::1]:1",
+    "server.internal:50051",
+    "localhost.x:1",
+]
+
+
+@pytest.mark.parametrize("server", _HERE)
 def test_where_the_server_is(environment: Environment, server: str) -> None:
-    assert environment.load({"DOORWARD_BOT_SERVER": server}).server == server
+    loaded = environment.load({"DOORWARD_BOT_SERVER": server})
+    assert (loaded.server, read_credentials(loaded)) == (server, None)
+
+
+# TLS
+
+
+@pytest.mark.parametrize("server", _ELSEWHERE)
+def test_a_server_elsewhere(environment: Environment, server: str) -> None:
+    sentence = environment.refusal({"DOORWARD_BOT_SERVER": server})
+    assert sentence.startswith(f"DOORWARD_BOT_SERVER: {server} may be another machine")
+    assert "set DOORWARD_BOT_CA_FILE, or DOORWARD_BOT_ALLOW_PLAINTEXT=true" in sentence
+    for variable, value in (("DOORWARD_BOT_CA_FILE", "ca.pem"), ("DOORWARD_BOT_ALLOW_PLAINTEXT", "true")):
+        assert environment.load({"DOORWARD_BOT_SERVER": server, variable: value}).server == server
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls") / "authority")
+
+
+def tls(**files: Path) -> dict[str, str | None]:
+    return {f"DOORWARD_BOT_{name.upper()}_FILE": str(path) for name, path in files.items()}
+
+
+def test_tls(environment: Environment, authority: Authority) -> None:
+    bot = authority.issue("bot.example")
+    assert read_credentials(environment.load(tls(ca=authority.ca_file))) is not None
+    assert (
+        read_credentials(environment.load(tls(ca=authority.ca_file, cert=bot.cert_file, key=bot.key_file))) is not None
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        pytest.param(("ca", "cert"), ("CERT_FILE and DOORWARD_BOT_KEY_FILE", "set both"), id="no key"),
+        pytest.param(("ca", "key"), ("CERT_FILE and DOORWARD_BOT_KEY_FILE", "set both"), id="no certificate"),
+        pytest.param(("cert", "key"), ("DOORWARD_BOT_CERT_FILE needs TLS", "DOORWARD_BOT_CA_FILE"), id="no authority"),
+    ],
+)
+def test_half_of_tls(environment: Environment, tmp_path: Path, files: Sequence[str], parts: Sequence[str]) -> None:
+    sentence = environment.refusal(tls(**{name: tmp_path / name for name in files}))
+    assert [part for part in parts if part not in sentence] == [], sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        *((name, None, "cannot read {path}: No such file") for name in ("ca", "cert", "key")),
+        *((name, "", "{path}") for name in ("ca", "cert", "key")),
+        *((name, "a secret", "{path}") for name in ("ca", "cert", "key")),
+        ("key", "another's", "the private key that belongs to it"),
+    ],
+    ids=lambda value: "missing" if value is None else value or "empty",
+)
+def test_a_wrong_file_of_tls(
+    environment: Environment, authority: Authority, tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    bot, path = authority.issue("bot.example"), tmp_path / "wrong.pem"
+    if content == "another's":
+        path.write_bytes(authority.issue("bot.example").key_file.read_bytes())
+    elif content is not None:
+        path.write_text(content)
+    files = {"ca": authority.ca_file, "cert": bot.cert_file, "key": bot.key_file, name: path}
+    loaded = environment.load(tls(**files))
+    with pytest.raises(BotError) as refused:
+        read_credentials(loaded)
+    sentence = str(refused.value)
+    assert f"DOORWARD_BOT_{name.upper()}_FILE" in sentence
+    assert words.format(path=path) in sentence
+    assert "\n" not in sentence
+    assert "a secret" not in sentence
 
 
 # The command line

@@ -10,13 +10,15 @@ from doorward_server.rpc.headers import (
     basic_credentials,
     bearer_token,
     client_address,
-    is_from_gateway,
     request_id_of,
     session_cookies,
     text_of,
 )
+from doorward_server.rpc.peers import Peer
 
-SOCKET, TCP = "unix:/run/doorward.sock", "ipv4:192.0.2.7:4711"
+TCP = "ipv4:192.0.2.7:4711"
+GATEWAY = Peer("unix:/run/doorward.sock", is_gateway=True)
+GATEWAY_OVER_TLS = Peer(TCP, is_gateway=True)
 
 
 def encoded(pair: str | bytes) -> str:
@@ -157,27 +159,20 @@ def test_how_the_cookie_is_set(lifetime: timedelta, secure: bool, kept: str, for
 
 
 @pytest.mark.parametrize(
-    ("peer", "gateway"),
-    [(SOCKET, True), ("unix:", True), (TCP, False), ("ipv6:%5B::1%5D:4711", False), ("", False), ("ipv4:unix:", False)],
-)
-def test_is_from_gateway(peer: str, gateway: bool) -> None:
-    assert is_from_gateway(peer) is gateway
-
-
-@pytest.mark.parametrize(
     ("peer", "said", "address"),
     [
-        pytest.param(SOCKET, "203.0.113.9", "203.0.113.9", id="as the gateway says"),
-        pytest.param(SOCKET, "2001:db8::1", "2001:db8::/64", id="IPv6, as the gateway says"),
-        pytest.param(SOCKET, "2001:db8::ffff:1", "2001:db8::/64", id="its neighbour"),
-        pytest.param(SOCKET, "2001:db8:0:1::1", "2001:db8:0:1::/64", id="another subscriber"),
-        pytest.param(SOCKET, None, "", id="the gateway says nothing"),
-        pytest.param(TCP, None, "ipv4:192.0.2.7", id="who is connected"),
-        pytest.param(TCP, "203.0.113.9", "ipv4:192.0.2.7", id="what others say does not count"),
-        pytest.param("ipv6:%5B::1%5D:4711", None, "ipv6:%5B::1%5D", id="IPv6"),
+        pytest.param(GATEWAY, "203.0.113.9", "203.0.113.9", id="as the gateway says"),
+        pytest.param(GATEWAY, "2001:db8::1", "2001:db8::/64", id="IPv6, as the gateway says"),
+        pytest.param(GATEWAY, "2001:db8::ffff:1", "2001:db8::/64", id="its neighbour"),
+        pytest.param(GATEWAY, "2001:db8:0:1::1", "2001:db8:0:1::/64", id="another subscriber"),
+        pytest.param(GATEWAY, None, "", id="the gateway says nothing"),
+        pytest.param(GATEWAY_OVER_TLS, "203.0.113.9", "203.0.113.9", id="as a gateway on another machine says"),
+        pytest.param(Peer(TCP, is_gateway=False), None, "ipv4:192.0.2.7", id="who is connected"),
+        pytest.param(Peer(TCP, is_gateway=False), "203.0.113.9", "ipv4:192.0.2.7", id="what others say does not count"),
+        pytest.param(Peer("ipv6:%5B::1%5D:4711", is_gateway=False), None, "ipv6:%5B::1%5D", id="IPv6"),
     ],
 )
-def test_client_address(peer: str, said: str | None, address: str) -> None:
+def test_client_address(peer: Peer, said: str | None, address: str) -> None:
     metadata = {"x-forwarded-for": "198.51.100.1", **({"x-envoy-external-address": said} if said else {})}
     assert client_address(metadata, peer) == address
 

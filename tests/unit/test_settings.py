@@ -21,6 +21,7 @@ redirect_uri = "https://app.example/connected"
 """
 FLO = f"[providers.flo]\n{KAI}"
 IDENTITY = "kind = 'identity'\nlookup_url = 'https://login.example/me?t={access_token}'\n"
+_MUTUAL = "[grpc]\ntls_cert_file = 'a.pem'\ntls_key_file = 'a.key'\nclient_ca_file = 'ca.pem'\n"
 LOGIN = f"[providers.login]\n{IDENTITY}token_url = 'https://login.example/token'\n"
 
 
@@ -85,6 +86,17 @@ def test_an_identity_provider(tmp_path: Path) -> None:
     provider = load(tmp_path, LOGIN).providers["login"]
     assert (provider.id, provider.kind, provider.secret) == ("login", "identity", "")
     assert (provider.lookup_id_property, provider.timeout, provider.longest_call) == ("id", 5, 10)
+
+
+@pytest.mark.parametrize("names", ["'a.example, b.example'", "['a.example', 'b.example']"], ids=["text", "list"])
+def test_names_of_the_gateway(tmp_path: Path, names: str) -> None:
+    assert load(tmp_path, f"{_MUTUAL}gateway_name = {names}\n").grpc.gateway_name == ("a.example", "b.example")
+
+
+def test_a_gateway_that_speaks_tls(tmp_path: Path) -> None:
+    settings = load(tmp_path, "[gateway]\ntls_cert_file = 'a.pem'\ntls_key_file = 'a.key'\n")
+    assert settings.is_https
+    assert settings.origins == {"https://127.0.0.1:8080"}
 
 
 @pytest.mark.parametrize(
@@ -296,6 +308,45 @@ _LONG = "/tmp/" + "x" * 103
         pytest.param("[outbound]\nallow = [5]\n", ("outbound", "allow", "string"), id="list of numbers"),
         pytest.param("grpc = 5\n", ("grpc",), id="section: number"),
         pytest.param(f"[providers]\nflo = '{SECRET}'\n", ("[providers.flo]",), id="provider: text"),
+        pytest.param(
+            "[grpc]\ntls_cert_file = 'a'\n",
+            ("[grpc] tls_cert_file and tls_key_file", "set both"),
+            id="TLS without a key",
+        ),
+        pytest.param(
+            "[grpc]\ntls_key_file = 'a'\n",
+            ("[grpc] tls_cert_file and tls_key_file", "set both"),
+            id="TLS without a certificate",
+        ),
+        pytest.param(
+            "[grpc]\nclient_ca_file = 'a'\n",
+            ("[grpc] client_ca_file needs TLS", "tls_cert_file"),
+            id="clients without TLS",
+        ),
+        pytest.param(
+            "[grpc]\ntls_cert_file = 'a'\ntls_key_file = 'a'\ngateway_name = 'gateway.example'\n",
+            ("[grpc] gateway_name needs client_ca_file", "set it"),
+            id="a gateway's name without an authority",
+        ),
+        *(
+            pytest.param(
+                f"{_MUTUAL}gateway_name = ['gateway.example', '{name}']\n",
+                (f'[grpc] gateway_name: "{name}" is not a DNS name', "without a wildcard"),
+                id=f"a gateway's name: {name or 'empty'}",
+            )
+            for name in (
+                "*.example",
+                "*",
+                "",
+                "10.0.0.7",
+                "::1",
+                "a..example",
+                "https://a.example",
+                "a b",
+                f"{'a' * 64}.b",
+            )
+        ),
+        pytest.param("[grpc]\nallow_plaintext = 'sure'\n", ("[grpc] allow_plaintext", "boolean"), id="plaintext: text"),
         pytest.param("[grpc]\ndrain_wait = 2\ndrain_grace = 2.5\n", ("drain_wait", "drain_grace", "4 s"), id="drain"),
         pytest.param(
             f"[database]\nurl = 'postgres://ada:{SECRET}@db/x'\n", ("[database] url", "sqlite:///"), id="database"

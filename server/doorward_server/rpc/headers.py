@@ -1,7 +1,7 @@
 """What HTTP callers send and get beside the messages: cookies, credentials, addresses, request ids.
 
-All of it arrives as gRPC metadata. Whether it may be believed depends on who sends it: the gateway
-overwrites what others could forge, and only the gateway reaches the Unix socket.
+All of it arrives as gRPC metadata. Whether it may be believed depends on who sends it (`peers`): the
+gateway overwrites what others could forge.
 """
 
 import base64
@@ -15,18 +15,12 @@ from datetime import timedelta
 
 import grpc
 
+from doorward_server.rpc.peers import Peer
 from doorward_server.sessions import COOKIE
 
 REQUEST_ID = "x-request-id"
 RequestMetadata = Mapping[str, str | bytes]
 _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-# The Unix socket is the trust boundary.
-_GATEWAY_PEER = "unix:"
-
-
-def is_from_gateway(peer: str) -> bool:
-    """Whether a call's peer is the gateway."""
-    return peer.startswith(_GATEWAY_PEER)
 
 
 def read_metadata(context: grpc.ServicerContext) -> RequestMetadata:
@@ -45,13 +39,13 @@ def request_id_of(metadata: RequestMetadata) -> str:
     return given if isinstance(given, str) and _ACCEPTABLE_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def client_address(metadata: RequestMetadata, peer: str) -> str:
+def client_address(metadata: RequestMetadata, peer: Peer) -> str:
     """The address that a call comes from: what the gateway says of its client, or who is connected.
 
     Of an IPv6 address it is the /64, which one subscriber has to itself (RFC 6177).
     """
-    if not is_from_gateway(peer):
-        return peer.rpartition(":")[0]
+    if not peer.is_gateway:
+        return peer.address.rpartition(":")[0]
     address = text_of(metadata.get("x-envoy-external-address"))
     return str(ipaddress.IPv6Network((address, 64), strict=False)) if ":" in address else address
 

@@ -17,6 +17,7 @@ from doorward_server.errors import MalformedRequest
 from doorward_server.identities import Identities, Profile, Proof
 from doorward_server.rpc.headers import SetCookie, client_address, read_metadata, session_cookies
 from doorward_server.rpc.messages import timestamp
+from doorward_server.rpc.peers import current_peer
 from doorward_server.rpc.policy import current_caller
 from doorward_server.sessions import Sessions, SessionUser
 from doorward_server.users import Users
@@ -57,7 +58,7 @@ class IdentityServicer(stubs.IdentityServiceServicer):
         profile, cookie = self.identities.log_in(
             _proof(request),
             client_id=caller.client_id if isinstance(caller, Client) else None,
-            address=client_address(metadata, context.peer()),
+            address=client_address(metadata, current_peer.get()),
             replacing=tuple(session_cookies(metadata)),
         )
         answer = _user(profile)

@@ -24,12 +24,12 @@ from doorward_server.rpc.headers import (
     basic_credentials,
     bearer_token,
     client_address,
-    is_from_gateway,
     read_metadata,
     request_id_of,
     session_cookies,
     text_of,
 )
+from doorward_server.rpc.peers import Peer, Peers, current_peer
 from doorward_server.rpc.policy import Caller, Credentials, Policy, caller_name, current_caller
 from doorward_server.rpc.status import Metadata, status_code, trailing_metadata
 from doorward_server.service_tokens import ServiceTokens
@@ -59,9 +59,9 @@ class Authenticator:
         self._applications = applications
         self._failures = failures
 
-    def credentials(self, policy: Policy, peer: str, metadata: RequestMetadata) -> Credentials:
+    def credentials(self, policy: Policy, peer: Peer, metadata: RequestMetadata) -> Credentials:
         """What a call came with, as far as its policy asks. Raises TooManyFailures."""
-        if not is_from_gateway(peer):
+        if not peer.is_gateway:
             token = bearer_token(metadata)
             caller = self._service_tokens.find(token) if token is not None else None
             return Credentials(
@@ -81,7 +81,7 @@ class Authenticator:
         )
 
     def _find_caller(
-        self, policy: Policy, peer: str, metadata: RequestMetadata, cookie: str | None
+        self, policy: Policy, peer: Peer, metadata: RequestMetadata, cookie: str | None
     ) -> SessionUser | Client | Registered | None:
         if policy.knows_clients:
             return self._find_client(metadata, peer)
@@ -93,7 +93,7 @@ class Authenticator:
     def _find_session(self, cookie: str | None) -> SessionUser | None:
         return self._sessions.find(cookie) if cookie else None
 
-    def _find_client(self, metadata: RequestMetadata, peer: str) -> Client | None:
+    def _find_client(self, metadata: RequestMetadata, peer: Peer) -> Client | None:
         if "authorization" not in metadata:
             return None
         pair = basic_credentials(metadata)
@@ -112,6 +112,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self,
         policies: Mapping[str, Policy],
         authenticator: Authenticator,
+        peers: Peers,
         log: Log,
         *,
         access_log: bool,
@@ -124,6 +125,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         """
         self._policies = policies
         self._authenticator = authenticator
+        self._peers = peers
         self._log = log
         self._access_log = access_log
         self._whole_messages = whole_messages
@@ -144,7 +146,15 @@ class CallInterceptor(grpc.ServerInterceptor):
             return handler
         if handler.unary_unary is None:
             raise TypeError(f"{method} streams, which no handler here is made for")
-        call = _Call(method, handler, policy, self._authenticator, self._log, access_log=self._access_log)
+        call = _Call(
+            method,
+            handler,
+            policy,
+            authenticator=self._authenticator,
+            peers=self._peers,
+            log=self._log,
+            access_log=self._access_log,
+        )
         if self._whole_messages:
             wrapped = grpc.unary_unary_rpc_method_handler(call.with_message)
         else:
@@ -161,9 +171,10 @@ class _Call:
         method: str,
         handler: grpc.RpcMethodHandler[Any, Any],
         policy: Policy,
-        authenticator: Authenticator,
-        log: Log,
         *,
+        authenticator: Authenticator,
+        peers: Peers,
+        log: Log,
         access_log: bool,
     ) -> None:
         self._method = method
@@ -172,6 +183,7 @@ class _Call:
         self._serialize: Callable[[Message], bytes] = cast(Any, handler.response_serializer)
         self._policy = policy
         self._authenticator = authenticator
+        self._peers = peers
         self._log = log
         self._access_log = access_log
 
@@ -186,7 +198,7 @@ class _Call:
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         started = time.perf_counter()
         metadata = read_metadata(context)
-        peer = context.peer()
+        peer = self._peers.of(context)
         request_id = request_id_of(metadata)
         caller: Caller | None = None
         failure: CallError | None = None
@@ -201,6 +213,7 @@ class _Call:
             if b"\0" in request and _holds_nul(message):
                 raise MalformedRequest
             current_caller.set(caller)
+            current_peer.set(peer)
             answer = self._serialize(self._behavior(message, context))
         except CallError as error:
             failure = error
@@ -210,7 +223,7 @@ class _Call:
         if self._access_log:
             self._write_line(request_id, caller, failure, started)
         # The gateway answers with the id itself.
-        trailers: Metadata = () if is_from_gateway(peer) else ((REQUEST_ID, request_id),)
+        trailers: Metadata = () if peer.is_gateway else ((REQUEST_ID, request_id),)
         if failure is not None:
             context.set_trailing_metadata(trailers + trailing_metadata(failure))
             context.abort(status_code(failure), failure.message)

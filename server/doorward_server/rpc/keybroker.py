@@ -18,6 +18,7 @@ from doorward_server.errors import ConsentRequestNotFound, GrantNotFound, Invali
 from doorward_server.models import ConsentRequest, Delivery
 from doorward_server.rpc.headers import client_address, read_metadata
 from doorward_server.rpc.messages import service_name, timestamp
+from doorward_server.rpc.peers import current_peer
 from doorward_server.rpc.policy import current_caller
 from doorward_server.rpc.request_form import answer, read_question
 from doorward_server.service_tokens import Service
@@ -44,7 +45,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
 
     def RequestApiKeyForm(self, request: pb.RequestApiKeyFormRequest, context: grpc.ServicerContext) -> HttpBody:
         metadata = read_metadata(context)
-        address, caller = client_address(metadata, context.peer()), _find_application()
+        address, caller = client_address(metadata, current_peer.get()), _find_application()
         body, headers = answer(lambda: self.consents.request(read_question(metadata, request.form), caller, address))
         if headers:
             context.send_initial_metadata(headers)
@@ -57,7 +58,7 @@ class KeyBrokerServicer(stubs.KeyBrokerServiceServicer):
         if caller is None:
             raise NoApplication
         question = Question(request.name, request.user_id, request.callback, request.state)
-        address = client_address(read_metadata(context), context.peer())
+        address = client_address(read_metadata(context), current_peer.get())
         return pb.RequestApiKeyResponse(request_id=self.consents.request(question, caller, address))
 
     # For the bot

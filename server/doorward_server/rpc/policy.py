@@ -66,7 +66,7 @@ class Credentials(NamedTuple):
     """What a call came with, already looked up.
 
     `has_cookie` and `has_authorization` tell what was presented, `caller` what it proved to be.
-    `by_gateway`: the call came over the gateway's socket and not over the TCP port.
+    `by_gateway`: the gateway sent it (`peers` judges that), and not somebody else on the TCP port.
     """
 
     caller: Caller | None
