@@ -34,7 +34,8 @@ def for_upstreams(settings: Settings) -> dict[str, Any]:
     if gateway.upstream_ca_file is None:
         return {}
     context: dict[str, Any] = {
-        "tls_params": _OLDEST,
+        # Envoy's own choice towards servers ends at 1.2.
+        "tls_params": {**_OLDEST, "tls_maximum_protocol_version": "TLSv1_3"},
         "alpn_protocols": ["h2"],
         "validation_context": {
             "trusted_ca": {"filename": str(_authorities(settings.beside(gateway.upstream_ca_file)))},

@@ -19,7 +19,7 @@ _CURVES = (ec.SECP256R1, ec.SECP384R1)
 
 @dataclass(frozen=True)
 class Pem:
-    """Certificates in PEM (RFC 7468, section 5), and when the first of them ends."""
+    """A file of certificates in PEM (RFC 7468, section 5), and when the earliest of them ends."""
 
     path: Path
     text: bytes = field(repr=False)
