@@ -72,13 +72,13 @@ class Settings(BaseSettings):
     def _calls_in_safety(self) -> "Settings":
         if (self.doorward_bot_cert_file is None) != (self.doorward_bot_key_file is None):
             raise ValueError("DOORWARD_BOT_CERT_FILE and DOORWARD_BOT_KEY_FILE belong together: set both, or none")
-        if self.doorward_bot_ca_file is not None or self.doorward_bot_allow_plaintext:
+        if self.doorward_bot_ca_file is not None:
             return self
         if self.doorward_bot_cert_file is not None:
             raise ValueError(
                 "DOORWARD_BOT_CERT_FILE needs TLS: set DOORWARD_BOT_CA_FILE, the authorities of the server's one, too"
             )
-        if not _is_loopback(urlsplit(f"//{self.server}").hostname or ""):
+        if not self.doorward_bot_allow_plaintext and not _is_loopback(urlsplit(f"//{self.server}").hostname or ""):
             raise ValueError(
                 f"DOORWARD_BOT_SERVER: {self.server} may be another machine, and the token and users' keys would go "
                 "there in clear: set DOORWARD_BOT_CA_FILE, or DOORWARD_BOT_ALLOW_PLAINTEXT=true if the network is "

@@ -303,8 +303,12 @@ def test_tls(environment: Environment, authority: Authority) -> None:
         pytest.param(("cert", "key"), ("DOORWARD_BOT_CERT_FILE needs TLS", "DOORWARD_BOT_CA_FILE"), id="no authority"),
     ],
 )
-def test_half_of_tls(environment: Environment, tmp_path: Path, files: Sequence[str], parts: Sequence[str]) -> None:
-    sentence = environment.refusal(tls(**{name: tmp_path / name for name in files}))
+@pytest.mark.parametrize("plaintext", ["true", "false"])
+def test_half_of_tls(
+    environment: Environment, tmp_path: Path, files: Sequence[str], parts: Sequence[str], plaintext: str
+) -> None:
+    given = tls(**{name: tmp_path / name for name in files})
+    sentence = environment.refusal({**given, "DOORWARD_BOT_ALLOW_PLAINTEXT": plaintext})
     assert [part for part in parts if part not in sentence] == [], sentence
 
 
