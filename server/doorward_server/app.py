@@ -30,6 +30,7 @@ from doorward_server.clock import Clock
 from doorward_server.consents import DEADLINE, Consents, Limits
 from doorward_server.crypto import KeyRing
 from doorward_server.database import Database, open_database
+from doorward_server.database.transfer import refuse_moved
 from doorward_server.delivery import DELIVERY, STRANGERS, Deliveries, Schedule
 from doorward_server.discord_users import DiscordUsers
 from doorward_server.errors import OperatorError
@@ -97,6 +98,7 @@ class App:
         database = open_database(self.settings.database_url, section.busy_timeout, section.connections)
         if database.check_schema():
             database.migrate()
+        refuse_moved(database)
         models.bind(database)
         return database
 

@@ -22,7 +22,7 @@ from doorward_server.models import User
 from doorward_server.users import Users
 from tests.processes import clean_environment
 
-MIGRATIONS = ["0001_initial", "0002_identity", "0003_keybroker", "0004_prompts"]
+MIGRATIONS = sorted(path.stem for path in Path(migrations.__path__[0]).glob("[0-9]*.py"))
 pytestmark = pytest.mark.sqlite
 _MIGRATIONS_FOLDER = Path(migrations.__path__[0])
 

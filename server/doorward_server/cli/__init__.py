@@ -1,6 +1,6 @@
 """The command line of `doorward`: a module for each group of commands. Imports `app` and the domain."""
 
-from doorward_server.cli import applications, audit, clients, consents, credentials, keys, providers, users
+from doorward_server.cli import applications, audit, clients, consents, credentials, keys, providers, transfer, users
 from doorward_server.cli.root import cli, run
 
 __all__ = ["run"]
@@ -15,3 +15,6 @@ cli.add_typer(consents.delivery_cli, name="delivery")
 cli.add_typer(providers.cli, name="provider")
 cli.add_typer(credentials.token_cli, name="token")
 cli.add_typer(audit.cli, name="audit")
+cli.command("migrate-data", epilog="Example: doorward migrate-data --to postgresql://doorward@db.example/doorward")(
+    transfer.migrate_data
+)

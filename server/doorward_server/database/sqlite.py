@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import sqlite3
 import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import peewee
 
 from doorward_server.database.base import Database, Row
-from doorward_server.errors import StorageUnavailable
+from doorward_server.errors import OperatorError, StorageUnavailable
 
 # Pages in KiB that each connection may cache: the operating system caches the file once for all.
 _CACHE_KIB = 512
@@ -46,14 +47,31 @@ class SqliteDatabase(Database):
         self.path = path
         engine = peewee.SqliteDatabase(str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE")
         super().__init__(engine, f"sqlite:///{path}", str(path), busy_timeout)
+        # Held open, and locked, by every process that uses the database.
+        self._users: IO[bytes] | None = None
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
     @classmethod
     def prepared(cls, url: str, busy_timeout: float) -> SqliteDatabase:
-        """The file at `sqlite:///path`, in WAL."""
+        """The file at `sqlite:///path`, in WAL. Raises OperatorError while it is being moved."""
+        return cls._locked(url, busy_timeout, fcntl.LOCK_SH, "wait until `doorward migrate-data` is done")
+
+    @classmethod
+    def alone(cls, url: str, busy_timeout: float) -> SqliteDatabase:
+        """As `prepared`, for a process that nobody else may be beside. Raises OperatorError when somebody is."""
+        return cls._locked(url, busy_timeout, fcntl.LOCK_EX, "stop all that runs on it first (serve, work, commands)")
+
+    @classmethod
+    def _locked(cls, url: str, busy_timeout: float, lock: int, else_: str) -> SqliteDatabase:
         database = cls(Path(url.removeprefix("sqlite:///")), busy_timeout)
         database.prepare()
+        # A file of its own: SQLite loses its locks when a process closes the database's file.
+        database._users = Path(f"{database.path}-users").open("ab")  # noqa: SIM115
+        try:
+            fcntl.flock(database._users, lock | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OperatorError(f"the database {database.place} is in use: {else_}") from None
         return database
 
     def _transaction(self) -> Any:
@@ -87,6 +105,8 @@ class SqliteDatabase(Database):
         self.engine.close()
         while self._readers:
             self._readers.pop().close()
+        if self._users is not None:
+            self._users.close()
 
     def prepare(self) -> None:
         """Switch the file to WAL, which it then stays in. SQLite does not wait for other processes to do that."""
