@@ -96,6 +96,6 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without settings of Doorward's, and with the given ones."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DOORWARD_")}
     # Python 3.13 calls a thread's own connection unclosed when the process ends; a pool goes with its process, too.
-    ignored = ("unclosed database", "connection <psycopg")
+    ignored = ("unclosed database", "<psycopg.Connection object")
     warnings = ",".join(["error", *(f"ignore:{words}:ResourceWarning" for words in ignored)])
     return {**inherited, "PYTHONWARNINGS": warnings, **extra}
