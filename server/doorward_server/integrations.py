@@ -13,7 +13,7 @@ import peewee
 
 from doorward_server.audit import AccessReads, Audit
 from doorward_server.clock import Clock
-from doorward_server.crypto import CannotOpen, KeyRing, Place, fingerprint
+from doorward_server.crypto import OWN_FROM, CannotOpen, KeyRing, Place, fingerprint, own_part
 from doorward_server.database import Database, storage_failures
 from doorward_server.errors import (
     Busy,
@@ -403,7 +403,8 @@ class Integrations:
 
         def store() -> None:
             values = self._sealed(held.id, pair, keep_refresh_token=True)
-            unchanged = (Connection.id == held.id) & (Connection.access_token == held.access_token)
+            pair_held = peewee.fn.substr(Connection.access_token, OWN_FROM) == own_part(held.access_token)
+            unchanged = (Connection.id == held.id) & pair_held
             stored = Connection.update(lease_epoch=Connection.lease_epoch + 1, **values).where(unchanged).execute()
             if not stored and Connection.get_or_none(Connection.id == held.id) is None:
                 # Disconnected meanwhile: what the provider gave us now must not live on.
@@ -456,8 +457,8 @@ def _get(user_id: int, provider_id: str) -> Connection:
 
 
 def _has_new_pair(connection: Connection, *, since: Connection) -> bool:
-    # Every sealing differs, so equal bytes are the same pair.
-    return connection.access_token != since.access_token
+    # No two seals have it in common; and it stays when the token is sealed with another master key.
+    return own_part(connection.access_token) != own_part(since.access_token)
 
 
 def _access_token_of(connection_id: int) -> Place:

@@ -1,12 +1,25 @@
 """Sealing and master keys: what opens, what does not, and what the operator is told."""
 
+import concurrent.futures
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from doorward_server.crypto import CannotOpen, KeyRing, MasterKey, Place, fingerprint, make_secret
+from doorward_server.crypto import (
+    KEY_ID_BYTES,
+    KEY_ID_FROM,
+    OWN_FROM,
+    CannotOpen,
+    KeyRing,
+    MasterKey,
+    Place,
+    fingerprint,
+    make_secret,
+    own_part,
+)
 from doorward_server.errors import OperatorError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -128,6 +141,155 @@ def test_the_ids_of_a_ring_come_in_order() -> None:
 def test_a_value_of_an_unknown_key_does_not_open() -> None:
     with pytest.raises(CannotOpen):
         KeyRing([OLD, NEW]).open(KeyRing([FOREIGN]).seal("value", HERE), HERE)
+
+
+# The same value under another key
+
+
+@given(value=TEXT)
+def test_a_rewrapped_value_opens_with_the_new_key_alone(value: str) -> None:
+    ring = KeyRing([NEW, OLD])
+    sealed = RING.seal(value, HERE)
+    rewrapped = ring.rewrap(sealed, HERE)
+    assert KeyRing([NEW]).open(rewrapped, HERE) == value
+    with pytest.raises(CannotOpen):
+        RING.open(rewrapped, HERE)
+    assert own_part(rewrapped) == own_part(sealed) == sealed[OWN_FROM - 1 :]
+    assert rewrapped[KEY_ID_FROM - 1 :][:KEY_ID_BYTES].hex() == NEW.id
+
+
+@pytest.mark.parametrize("ring", [KeyRing([NEW, OLD]), KeyRing([OLD, NEW])], ids=["another key", "the same key"])
+def test_no_two_wraps_are_alike(ring: KeyRing) -> None:
+    sealed = RING.seal("value", HERE)
+    assert len({sealed, *(ring.rewrap(sealed, HERE) for _ in range(10))}) == 11
+
+
+def test_a_moved_value_is_not_rewrapped() -> None:
+    with pytest.raises(CannotOpen):
+        KeyRing([NEW, OLD]).rewrap(RING.seal("value", HERE), Place("connections", 8, "access_token"))
+
+
+def test_a_value_of_a_missing_key_is_not_rewrapped() -> None:
+    with pytest.raises(CannotOpen):
+        KeyRing([NEW, FOREIGN]).rewrap(RING.seal("value", HERE), HERE)
+
+
+def test_no_altered_value_opens_after_it_was_rewrapped() -> None:
+    """Where the data key stands, that is noticed at once; the rest is left alone and does not open, as before."""
+    ring, sealed = KeyRing([NEW, OLD]), RING.seal("value", HERE)
+    for position in range(len(sealed)):
+        spoiled = bytearray(sealed)
+        spoiled[position] ^= 1
+        if position < OWN_FROM - 1:
+            with pytest.raises(CannotOpen):
+                ring.rewrap(bytes(spoiled), HERE)
+        else:
+            rewrapped = ring.rewrap(bytes(spoiled), HERE)
+            with pytest.raises(CannotOpen):
+                ring.open(rewrapped, HERE)
+
+
+# A ring that follows its file
+
+
+def write_file(path: Path, content: str, mode: int = 0o600) -> None:
+    """Put a whole file in the place of the key file."""
+    draft = path.with_suffix(".new")
+    draft.write_text(content)
+    draft.chmod(mode)
+    draft.replace(path)
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "master.key"
+    write_file(path, f"{OLD}\n")
+    return path
+
+
+def test_what_the_file_says_counts_for_the_next_value(key_file: Path) -> None:
+    ring = KeyRing.read(key_file)
+    before = ring.seal("before", HERE)
+    write_file(key_file, f"{NEW}\n{OLD}\n")
+    after = ring.seal("after", HERE)
+    assert (ring.sealing_id, ring.ids) == (NEW.id, [NEW.id, OLD.id])
+    assert KeyRing([NEW]).open(after, HERE) == "after"
+    assert (ring.open(before, HERE), ring.open(after, HERE)) == ("before", "after")
+
+
+def test_a_key_that_came_later_opens(key_file: Path) -> None:
+    ring = KeyRing.read(key_file)
+    sealed = KeyRing([NEW]).seal("value", HERE)
+    with pytest.raises(CannotOpen):
+        ring.open(sealed, HERE)
+    write_file(key_file, f"{OLD}\n{NEW}\n")
+    assert ring.open(sealed, HERE) == "value"
+    assert ring.sealing_id == OLD.id
+
+
+def test_a_key_that_was_read_opens_to_the_end(key_file: Path) -> None:
+    """Its values may have been read before they were sealed anew."""
+    ring = KeyRing.read(key_file)
+    sealed = ring.seal("value", HERE)
+    write_file(key_file, f"{NEW}\n")
+    ring.follow()
+    assert (ring.ids, ring.open(sealed, HERE)) == ([NEW.id], "value")
+
+
+BROKEN: dict[str, tuple[str | None, int]] = {
+    "gone": (None, 0o600),
+    "empty": ("", 0o600),
+    "foreign": ("hunter2", 0o600),
+    "half a key": (str(NEW)[:40], 0o600),
+    "a broken key among others": (f"{NEW}\n{str(OLD)[:-5]}\n", 0o600),
+    "others can read it": (str(NEW), 0o640),
+}
+
+
+@pytest.mark.parametrize(("content", "mode"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_cannot_be_used_changes_nothing(key_file: Path, content: str | None, mode: int) -> None:
+    told: list[OperatorError] = []
+    ring = KeyRing.read(key_file, told.append)
+    if content is None:
+        key_file.unlink()
+    else:
+        write_file(key_file, content, mode)
+    values = [ring.seal(str(number), HERE) for number in range(3)]
+    assert (ring.ids, [RING.open(value, HERE) for value in values]) == ([OLD.id], ["0", "1", "2"])
+    [error] = told  # once for what the file is now
+    assert_tells(str(error), str(key_file))
+    assert_no_key(str(error), (content or "").encode())
+    write_file(key_file, f"{NEW}\n{OLD}\n")
+    ring.follow()
+    assert (ring.sealing_id, len(told)) == (NEW.id, 1)
+
+
+def test_a_ring_that_is_not_of_a_file_stays_as_it_is() -> None:
+    ring = KeyRing.parse(str(OLD), "DOORWARD_MASTER_KEY")
+    ring.follow()
+    assert ring.ids == [OLD.id]
+
+
+def test_threads_seal_and_open_while_the_file_changes(key_file: Path) -> None:
+    ring = KeyRing.read(key_file)
+    contents = [f"{OLD}\n{NEW}\n", f"{NEW}\n{OLD}\n", "# nothing\n", f"{NEW}\n{FOREIGN}\n{OLD}\n"]
+    finished, everyone = threading.Event(), KeyRing([OLD, NEW, FOREIGN])
+
+    def seal_on() -> int:
+        count = 0
+        while not finished.is_set():
+            sealed = ring.seal(str(count), HERE)
+            assert everyone.open(sealed, HERE) == ring.open(ring.rewrap(sealed, HERE), HERE) == str(count)
+            count += 1
+        return count
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        sealing = [pool.submit(seal_on) for _ in range(8)]
+        for number in range(200):
+            write_file(key_file, contents[number % len(contents)])
+        finished.set()
+        assert min(future.result() for future in sealing) > 0
+    assert ring.seal("value", HERE)[KEY_ID_FROM - 1 :][:KEY_ID_BYTES].hex() == NEW.id
 
 
 # Keys as text
