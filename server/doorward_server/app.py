@@ -40,7 +40,7 @@ from doorward_server.integrations import REVOCATION, Integrations
 from doorward_server.jobs import Jobs, outside
 from doorward_server.key_validators import KeyValidators
 from doorward_server.logs import Log, describe, make_log
-from doorward_server.models import MasterKeyUse
+from doorward_server.master_keys import KeyFile, MasterKeys
 from doorward_server.oauth import OAuth
 from doorward_server.outbound import Bulkhead, Outbound, Timeouts
 from doorward_server.provider_registry import ProviderRegistry
@@ -106,7 +106,15 @@ class App:
     def keys(self) -> KeyRing:
         if self.settings.master_key is not None:
             return KeyRing.parse(self.settings.master_key.get_secret_value(), "DOORWARD_MASTER_KEY")
-        return KeyRing.read(self.settings.key_file)
+        return KeyRing.read(self.settings.key_file, self._tell_of_key_file)
+
+    def _tell_of_key_file(self, error: OperatorError) -> None:
+        self.log.error("key file cannot be used; the keys at hand stay", problem=str(error))
+
+    @cached_property
+    def master_keys(self) -> MasterKeys:
+        file = None if self.settings.master_key is not None else KeyFile(self.settings.key_file)
+        return MasterKeys(self.database, self.clock, self.keys, file, self.audit)
 
     @cached_property
     def audit(self) -> Audit:
@@ -353,17 +361,8 @@ class App:
                 raise OperatorError(str(error)) from None
 
     def record_key(self) -> None:
-        """Write down that values are sealed with this key; refuse to go on without a key that was used before."""
-        with self.database.writing():
-            used = {row.key_id for row in MasterKeyUse.select()}
-            if lost := sorted(used - set(self.keys.ids)):
-                raise OperatorError(
-                    f"values in the database {self.database.place} are sealed with the master key {lost[0]}, which is "
-                    f"not at hand (there is {', '.join(self.keys.ids)}): restore that key from a backup, as a further "
-                    "line of the key file"
-                )
-            if self.keys.sealing_id not in used:
-                MasterKeyUse.create(key_id=self.keys.sealing_id, first_used_at=self.clock.now())
+        """What has to be done before the first value is sealed: see `MasterKeys.record`."""
+        self.master_keys.record()
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ def test_the_commands() -> None:
         "consent",
         "delivery",
         "audit",
+        "master-key",
         "work",
     }
 
@@ -369,6 +370,8 @@ def test_serve_with_another_key_than_before(home: Path, here: Here) -> None:
     used, other = KeyRing.read(home / "master.key").sealing_id, MasterKey.generate()
     with taken_port() as environment:
         assert_tells(doorward(home, "serve", environment=environment), "the port is in use")
+        add_key = ("key", "add", "--discord-user", "1", "--service", "forum", "--label", "main", "--value-stdin")
+        assert here(home, *add_key, stdin=b"value").returncode == 0
         write_key(home, other)
         refused = here(home, "serve", environment=environment)
     place = settings_module.load(home).database_url.removeprefix("sqlite:///")

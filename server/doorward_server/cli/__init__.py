@@ -1,6 +1,17 @@
 """The command line of `doorward`: a module for each group of commands. Imports `app` and the domain."""
 
-from doorward_server.cli import applications, audit, clients, consents, credentials, keys, providers, transfer, users
+from doorward_server.cli import (
+    applications,
+    audit,
+    clients,
+    consents,
+    credentials,
+    keys,
+    master_key,
+    providers,
+    transfer,
+    users,
+)
 from doorward_server.cli.root import cli, run
 
 __all__ = ["run"]
@@ -18,3 +29,4 @@ cli.add_typer(audit.cli, name="audit")
 cli.command("migrate-data", epilog="Example: doorward migrate-data --to postgresql://doorward@db.example/doorward")(
     transfer.migrate_data
 )
+cli.add_typer(master_key.cli, name="master-key")
