@@ -270,6 +270,7 @@ class MasterKeys:
 
     def drop(self, key_id: str) -> None:
         """Forget a key that nothing needs. Raises OperatorError when values need it, or it seals."""
+        self.keys.follow()
         self._check_unneeded(key_id)  # before anybody has to wait
         with self.database.writing():
             self.keys.follow()
