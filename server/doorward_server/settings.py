@@ -227,7 +227,7 @@ class Settings(BaseSettings):
     home: Path
     # The settings file. In the environment only.
     config: Path
-    # The master key itself, or the file that holds it (unset: master.key in the home).
+    # The master key itself, or the file that holds it (unset: master.key in the home). What runs follows the file.
     master_key: SecretStr | None = None
     master_key_file: Path | None = None
     # Where browsers find the gateway (unset: its own address), and the other origins that may call it.
