@@ -205,8 +205,10 @@ class MasterKeys:
         with self.database.writing():
             self.keys.follow()
             used = self._used()
+            present = used.get(self.keys.sealing_id, self.clock.now())
             for key_id in sorted(used.keys() - set(self.keys.ids)):
-                if self._is_needed(key_id):
+                # A newer key than the one that seals here is another host's, which may seal with it at any moment.
+                if used[key_id] > present or self._is_needed(key_id):
                     raise OperatorError(self._missing(key_id))
                 self.database.execute(_FORGET, (key_id,))
             if self.keys.sealing_id not in used:

@@ -386,6 +386,20 @@ def test_two_hosts(installation: Installation, tmp_path: Path) -> None:
     assert installation.values(installation.key(key_id)) == [f"value {number}" for number in range(4)]
 
 
+def test_a_host_without_the_key_that_another_one_seals_with_does_not_start(
+    installation: Installation, tmp_path: Path
+) -> None:
+    """Even before a value needs it: the next one may."""
+    here, there = installation.file, tmp_path / "there.key"
+    there.write_bytes(here.read_bytes())
+    there.chmod(0o600)
+    key_id = installation.keys().rotate().key_id
+    installation.file = there
+    with pytest.raises(OperatorError, match=f"master key {key_id}, which is not at hand"):
+        installation.keys().record()
+    assert installation.recorded() == [FIRST.id, key_id]
+
+
 # A variable
 
 
