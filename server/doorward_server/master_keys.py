@@ -424,7 +424,7 @@ class MasterKeys:
 
     def _missing(self, key_id: str) -> str:
         return (
-            f"values in the database {self.database.path} are sealed with the master key {key_id}, which is "
+            f"values in the database {self.database.place} are sealed with the master key {key_id}, which is "
             f"not at hand (there is {', '.join(self.keys.ids)}): restore that key from a backup, as a further "
             "line of the key file"
         )
