@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import sqlite3
 import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import peewee
 
@@ -48,7 +49,7 @@ class SqliteDatabase(Database):
         engine = peewee.SqliteDatabase(str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE")
         super().__init__(engine, f"sqlite:///{path}", str(path), busy_timeout)
         # Held open, and locked, by every process that uses the database.
-        self._users: IO[bytes] | None = None
+        self._users: int | None = None
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
@@ -66,12 +67,15 @@ class SqliteDatabase(Database):
     def _locked(cls, url: str, busy_timeout: float, lock: int, else_: str) -> SqliteDatabase:
         database = cls(Path(url.removeprefix("sqlite:///")), busy_timeout)
         database.prepare()
-        # A file of its own: SQLite loses its locks when a process closes the database's file.
-        database._users = Path(f"{database.path}-users").open("ab")  # noqa: SIM115
+        # A file of its own: SQLite loses its locks when a process closes the database's file. It stays open
+        # until `close`, or the end of the process.
+        users = os.open(f"{database.path}-users", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(database._users, lock | fcntl.LOCK_NB)
+            fcntl.flock(users, lock | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(users)
             raise OperatorError(f"the database {database.place} is in use: {else_}") from None
+        database._users = users
         return database
 
     def _transaction(self) -> Any:
@@ -106,7 +110,8 @@ class SqliteDatabase(Database):
         while self._readers:
             self._readers.pop().close()
         if self._users is not None:
-            self._users.close()
+            os.close(self._users)
+            self._users = None
 
     def prepare(self) -> None:
         """Switch the file to WAL, which it then stays in. SQLite does not wait for other processes to do that."""
