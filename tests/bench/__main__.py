@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import grpc
@@ -31,11 +32,10 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
 from doorward_server.settings import GrpcSection, JobsSection
-from tests.bench import claiming, consenting, delivering, linking, load, prompting, stack
+from tests.bench import claiming, consenting, delivering, linking, load, prompting, rest, stack
 from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
-_ROUTE = f"/api/v1/users/me/integrations/kai/{stack.KAI}"
 _REQUEST = pb.GetKaiStatusRequest(user_id="me", kai_type=stack.KAI)
 _ANSWER = pb.GetKaiStatusResponse(auth_status=True)
 
@@ -45,6 +45,9 @@ _HTTP_CONNECTIONS = 32
 
 _LEAST_OF_ECHO = 0.75
 _LEAST_OF_ECHO_LOGGING = 0.60
+_LEAST_OF_FASTAPI = 2.5
+_LEAST_OF_IDEAL = 0.8
+_MOST_AT_HALF_RATE = 15.0  # milliseconds: p99
 _LEAST_OF_GET = 0.5
 _LEAST_OF_INSERT = 0.7
 _LEAST_OF_POST = 0.6
@@ -77,6 +80,7 @@ class Options:
     rounds: int
     seconds: float
     prompting: float
+    parts: Sequence[str]
 
 
 # The contenders
@@ -127,125 +131,192 @@ def _rest_contender(gateway: stack.Gateway, peer: stack.Peer, cookies: Sequence[
     bodies: list[bytes] = []
 
     def verify() -> None:
-        url = f"http://{gateway.address[0]}:{gateway.address[1]}{_ROUTE}"
+        url = f"http://{gateway.address[0]}:{gateway.address[1]}{rest.ROUTE}"
         header = {"cookie": f"{COOKIE}={random.choice(cookies)}"}
         response = httpx.get(url, headers=header, trust_env=False)
         _expect((response.status_code, json.loads(response.content)), (200, {"authStatus": True}))
         bodies[:] = [response.content]
 
     def connect() -> Sequence[load.Connection]:
-        requests = itertools.cycle([_http_request(cookie) for cookie in cookies])
+        requests = itertools.cycle([rest.http_request(cookie) for cookie in cookies])
         return [load.HttpConnection(gateway.address, requests, bodies[0]) for _ in range(_HTTP_CONNECTIONS)]
 
     return server_contender("REST through Envoy, access logs", peer.cpu, verify, connect)
 
 
-def _http_request(cookie: str) -> bytes:
-    return f"GET {_ROUTE} HTTP/1.1\r\nhost: localhost\r\ncookie: {COOKIE}={cookie}\r\n\r\n".encode()
-
-
-# The run
+# The parts
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Everything that the table shows."""
+class Run:
+    """What the parts share, and the table that they add to."""
 
-    echo: Contender
-    many: Contender
-    many_logging: Contender
-    few: Contender
-    rest: Contender
-    envoy_cpu_per_answer: float
-    resident: int
-    get: Contender
-    link: Contender
-    basic: float
-    insert: Contender
-    accept: Contender
-    post: Contender
-    deliver: Contender
-    claims: Sequence[Contender]
-    prompts: prompting.Outcome
+    options: Options
+    folder: Path
+    cores: tuple[int, int]  # of what is measured, and of the load
+    say: Callable[[str], None]
+    table: Table
+
+    @cached_property
+    def many(self) -> stack.Home:
+        """A home with many connections."""
+        self.say(f"making {self.options.many:,} rows")
+        return stack.make_home(self.folder / "many", self.options.many, random.Random())
 
 
-def _run(options: Options, say: Callable[[str], None]) -> Outcome:
-    dice = random.Random()
-    server_core, load_core = stack.cores()
+def _status(run: Run) -> None:
+    options, say, folder, (server_core, load_core) = run.options, run.say, run.folder, run.cores
     with contextlib.ExitStack() as opened:
         enter = opened.enter_context
-        folder = Path(enter(tempfile.TemporaryDirectory(prefix="doorward-bench-")))
-        enter(stack.on_core(load_core))
-        say(f"making {options.many:,} rows")
-        few = stack.make_home(folder / "few", options.few, dice)
-        many = stack.make_home(folder / "many", options.many, dice)
-        say("starting")
-        echo = enter(stack.echo(folder, server_core, _THREADS))
+        many = run.many
+        few = stack.make_home(folder / "few", options.few, random.Random())
+        echo_peer = enter(stack.echo(folder, server_core, _THREADS))
         few_peer, _ = enter(stack.server(few, folder, server_core, access_log=False))
         many_peer, _ = enter(stack.server(many, folder, server_core, access_log=False))
-        log_peer, log_port = enter(stack.server(many, folder, server_core, access_log=True))
-        contenders = (
-            _grpc_contender("bare grpcio echo", echo, many.cookies, bare=True),
+        log_peer, _ = enter(stack.server(many, folder, server_core, access_log=True))
+        contenders = echo, status, logging, in_few = (
+            _grpc_contender("bare grpcio echo", echo_peer, many.cookies, bare=True),
             _grpc_contender(f"GetKaiStatus, {options.many:,} rows", many_peer, many.cookies),
             _grpc_contender("  with the access log", log_peer, many.cookies),
             _grpc_contender(f"GetKaiStatus, {options.few:,} rows", few_peer, few.cookies),
         )
-        _measure_rounds(contenders, options, say)
+        _measure_rounds(contenders, run)
         # Every thread has its own connection to the database, with its own cache.
         say("all threads at once")
         with connected(lambda: _grpc_connections(many_peer.socket, many.cookies, _THREADS)) as busy:
             load.run(busy, options.seconds)
         resident = many_peer.resident()
         say("REST through Envoy")
-        gateway = enter(stack.gateway(many, log_port, folder, load_core))
-        rest = _rest_contender(gateway, log_peer, many.cookies)
-        envoy_cpu_per_answer = _measure_rest(rest, gateway, options)
-        say("linking")
-        get, link, basic = enter(
-            linking.contenders(folder, server_core, load_core, connections=_CONNECTIONS, streams=_STREAMS)
-        )
-        _measure_rounds((get, link), options, say)
-        say("requests for keys")
-        insert, accept = enter(
-            consenting.accepting(folder, server_core, connections=_CONNECTIONS, streams=_STREAMS, threads=_THREADS)
-        )
-        _measure_rounds((insert, accept), options, say)
-        say("deliveries")
-        post, deliver = enter(delivering.contenders(folder, server_core, load_core, threads=JobsSection().threads))
-        _measure_rounds((post, deliver), options, say)
-        say("claims")
-        claims = enter(claiming.contenders(folder, finished=options.many, waiting=options.many // 10))
-        _measure_rounds(claims, options, say)
-        say("prompts")
-        prompts = prompting.measure(folder, server_core, load_core, say=say, seconds=options.prompting)
-        return Outcome(
-            *contenders,
-            rest,
-            envoy_cpu_per_answer,
-            resident,
-            get,
-            link,
-            basic,
-            insert,
-            accept,
-            post,
-            deliver,
-            claims,
-            prompts,
-        )
+        gateway = enter(stack.gateway(many, [log_peer.socket], folder, load_core))
+        through_envoy = _rest_contender(gateway, log_peer, many.cookies)
+        envoy_cpu_per_answer = _measure_rest(through_envoy, gateway, options)
+    table = run.table
+    _add(table, echo, "", "", None, "")
+    for contender, least in ((status, _LEAST_OF_ECHO), (logging, _LEAST_OF_ECHO_LOGGING)):
+        _add_ratio(table, contender, echo, "echo", least)
+    ratio = in_few.ratio(status)
+    flat = 1 / _FLAT_WITHIN <= ratio <= _FLAT_WITHIN
+    _add(table, in_few, f"{ratio:.2f} of many", f"≤ {_FLAT_WITHIN}", flat, f"{in_few.cpu_ratio(status):.2f}")
+    ratio = through_envoy.rate / logging.rate
+    _add(table, through_envoy, f"{ratio:.2f} of gRPC", "", None, f"{through_envoy.cpu_ratio(logging):.2f}")
+    median, worst = _percentiles(through_envoy.samples[0].result.latencies)
+    table.add_row("  p50 / p99", f"{median:.1f} / {worst:.1f} ms")
+    table.add_row("  Envoy's share", *[""] * 5, _micros(envoy_cpu_per_answer))
+    few_enough = resident <= _MOST_MEMORY
+    table.add_row("resident memory after it all", f"{resident / 2**20:.0f} MiB", "", "≤ 120 MB", _mark(few_enough))
 
 
-def _measure_rounds(contenders: Sequence[Contender], options: Options, say: Callable[[str], None]) -> None:
-    for number in range(options.rounds):
+def _rest(run: Run) -> None:
+    with rest.sites(run.many, run.folder, *run.cores, threads=_THREADS) as sites:
+        fastapi, ideal, doorward = contenders = [site.contender() for site in sites]
+        _measure_rounds(contenders, run)
+        rate = doorward.rate / 2
+        run.say(f"REST at {rate:,.0f} a second")
+        latencies = sites[-1].run_at_rate(rate, run.options.seconds * 3).latencies
+    table = run.table
+    _add(table, fastapi, "", "", None, "")
+    _add_shares(table, sites[0])
+    _add(table, ideal, "", "", None, "")
+    _add_shares(table, sites[1])
+    _add_ratio(table, doorward, fastapi, "FastAPI", _LEAST_OF_FASTAPI)
+    ratio = doorward.ratio(ideal)
+    of_ideal = f"{ratio:.2f} of the ideal", f"≥ {_LEAST_OF_IDEAL:.2f}", _mark(ratio >= _LEAST_OF_IDEAL)
+    table.add_row("  and", "", *of_ideal, f"{doorward.cpu_ratio(ideal):.2f}")
+    _add_shares(table, sites[2])
+    median, worst = _percentiles(latencies)
+    in_time = worst <= _MOST_AT_HALF_RATE
+    target = f"p99 ≤ {_MOST_AT_HALF_RATE:.0f} ms"
+    table.add_row(f"  p50 / p99 at {rate:,.0f} a second", f"{median:.1f} / {worst:.1f} ms", "", target, _mark(in_time))
+
+
+def _add_shares(table: Table, site: rest.Site) -> None:
+    shares = site.cpu_per_answer()
+    told = " / ".join(f"{share * 1e6:.0f}" for share in shares.values())
+    table.add_row(f"  {' / '.join(shares)}", *[""] * 5, f"{told} µs")
+
+
+def _linking(run: Run) -> None:
+    with linking.contenders(run.folder, *run.cores, connections=_CONNECTIONS, streams=_STREAMS) as (get, link, basic):
+        _measure_rounds((get, link), run)
+    _compare(run.table, link, get, "GET", _LEAST_OF_GET)
+    quick_enough = basic <= _MOST_FOR_BASIC
+    run.table.add_row("  Basic", "", _micros(basic), f"≤ {_micros(_MOST_FOR_BASIC)}", _mark(quick_enough))
+
+
+def _requests(run: Run) -> None:
+    server_core, _ = run.cores
+    with consenting.accepting(
+        run.folder, server_core, connections=_CONNECTIONS, streams=_STREAMS, threads=_THREADS
+    ) as (insert, accept):
+        _measure_rounds((insert, accept), run)
+    _compare(run.table, accept, insert, "insert", _LEAST_OF_INSERT)
+
+
+def _deliveries(run: Run) -> None:
+    with delivering.contenders(run.folder, *run.cores, threads=JobsSection().threads) as (post, deliver):
+        _measure_rounds((post, deliver), run)
+    _compare(run.table, deliver, post, "POST", _LEAST_OF_POST)
+
+
+def _claims(run: Run) -> None:
+    many = run.options.many
+    with claiming.contenders(run.folder, finished=many, waiting=many // 10) as claims:
+        _measure_rounds(claims, run)
+    for small, large in zip(claims[::2], claims[1::2], strict=True):
+        _compare(run.table, large, small, "small", _LEAST_OF_SMALL)
+
+
+def _prompts(run: Run) -> None:
+    prompts = prompting.measure(run.folder, *run.cores, say=run.say, seconds=run.options.prompting)
+    table = run.table
+    median, worst = prompting.percentiles(prompts.alone)
+    in_time = median <= _MOST_TO_PROMPT[0] and worst <= _MOST_TO_PROMPT[1]
+    target = "≤ {:.0f} / {:.0f} ms".format(*_MOST_TO_PROMPT)
+    table.add_row("OK to the prompt, p50 / p99", f"{median:.0f} / {worst:.0f} ms", "", target, _mark(in_time))
+    flat = prompts.ratio <= _MOST_AMONG_OTHERS
+    table.add_row(
+        "  among 10,000 open ones", "", f"{prompts.ratio:.2f} of alone", f"≤ {_MOST_AMONG_OTHERS}", _mark(flat)
+    )
+    memory = f"{prompts.memory_after / 2**20:.0f} MiB"
+    small = prompts.memory_after <= _MOST_BOT_MEMORY
+    table.add_row(f"the bot's memory after {prompts.consents:,}", memory, "", "≤ 150 MB", _mark(small))
+
+
+_PARTS: Mapping[str, Callable[[Run], None]] = {
+    "status": _status,
+    "rest": _rest,
+    "linking": _linking,
+    "requests": _requests,
+    "deliveries": _deliveries,
+    "claims": _claims,
+    "prompts": _prompts,
+}
+
+
+def _run(options: Options, table: Table, say: Callable[[str], None]) -> None:
+    """Add what the chosen parts measure to the table."""
+    cores = stack.cores()
+    with contextlib.ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="doorward-bench-")))
+        opened.enter_context(stack.on_core(cores[1]))
+        run = Run(options, folder, cores, say, table)
+        for part in options.parts:
+            say(f"starting: {part}")
+            _PARTS[part](run)
+
+
+def _measure_rounds(contenders: Sequence[Contender], run: Run) -> None:
+    rounds = run.options.rounds
+    for number in range(rounds):
         for contender in contenders:
-            say(f"round {number + 1} of {options.rounds}: {contender.name}")
-            contender.measure(options.seconds)
+            run.say(f"round {number + 1} of {rounds}: {contender.name}")
+            contender.measure(run.options.seconds)
 
 
-def _measure_rest(rest: Contender, gateway: stack.Gateway, options: Options) -> float:
+def _measure_rest(contender: Contender, gateway: stack.Gateway, options: Options) -> float:
     """Measure once, for as long as two rounds; returns Envoy's CPU seconds per answer, warm-up included."""
     before = stack.cpu_seconds(gateway.envoy)
-    sample = rest.measure(options.seconds * 2)
+    sample = contender.measure(options.seconds * 2)
     return (stack.cpu_seconds(gateway.envoy) - before) / sample.result.answers
 
 
@@ -267,61 +338,20 @@ def _facts() -> str:
     )
 
 
-def _table(outcome: Outcome) -> Table:
+def _empty_table() -> Table:
     table = Table("measured")
     for column in ("per s", "ratio", "target", "", "by CPU time", "CPU/answer", "its core", "load's core"):
         table.add_column(column, justify="right")
-    echo, many, logging, few, rest = (
-        outcome.echo,
-        outcome.many,
-        outcome.many_logging,
-        outcome.few,
-        outcome.rest,
-    )
-    _add(table, echo, "", "", None, "")
-    for contender, least in ((many, _LEAST_OF_ECHO), (logging, _LEAST_OF_ECHO_LOGGING)):
-        ratio = contender.ratio(echo)
-        by_cpu = f"{contender.cpu_ratio(echo):.2f}"
-        _add(table, contender, f"{ratio:.2f} of echo", f"≥ {least:.2f}", ratio >= least, by_cpu)
-    ratio = few.ratio(many)
-    flat = 1 / _FLAT_WITHIN <= ratio <= _FLAT_WITHIN
-    _add(table, few, f"{ratio:.2f} of many", f"≤ {_FLAT_WITHIN}", flat, f"{few.cpu_ratio(many):.2f}")
-    ratio = rest.rate / logging.rate
-    _add(table, rest, f"{ratio:.2f} of gRPC", "", None, f"{rest.cpu_ratio(logging):.2f}")
-    median, worst = _percentiles(rest.samples[0].result.latencies)
-    table.add_row("  p50 / p99", f"{median:.1f} / {worst:.1f} ms")
-    table.add_row("  Envoy's share", *[""] * 5, _micros(outcome.envoy_cpu_per_answer))
-    memory = f"{outcome.resident / 2**20:.0f} MiB"
-    few_enough = outcome.resident <= _MOST_MEMORY
-    table.add_row("resident memory after it all", memory, "", "≤ 120 MB", _mark(few_enough))
-    _compare(table, outcome.link, outcome.get, "GET", _LEAST_OF_GET)
-    quick_enough = outcome.basic <= _MOST_FOR_BASIC
-    table.add_row("  Basic", "", _micros(outcome.basic), f"≤ {_micros(_MOST_FOR_BASIC)}", _mark(quick_enough))
-    _compare(table, outcome.accept, outcome.insert, "insert", _LEAST_OF_INSERT)
-    _compare(table, outcome.deliver, outcome.post, "POST", _LEAST_OF_POST)
-    for small, large in zip(outcome.claims[::2], outcome.claims[1::2], strict=True):
-        _compare(table, large, small, "small", _LEAST_OF_SMALL)
-    _add_prompts(table, outcome.prompts)
     return table
-
-
-def _add_prompts(table: Table, prompts: prompting.Outcome) -> None:
-    median, worst = prompting.percentiles(prompts.alone)
-    in_time = median <= _MOST_TO_PROMPT[0] and worst <= _MOST_TO_PROMPT[1]
-    target = "≤ {:.0f} / {:.0f} ms".format(*_MOST_TO_PROMPT)
-    table.add_row("OK to the prompt, p50 / p99", f"{median:.0f} / {worst:.0f} ms", "", target, _mark(in_time))
-    flat = prompts.ratio <= _MOST_AMONG_OTHERS
-    table.add_row(
-        "  among 10,000 open ones", "", f"{prompts.ratio:.2f} of alone", f"≤ {_MOST_AMONG_OTHERS}", _mark(flat)
-    )
-    memory = f"{prompts.memory_after / 2**20:.0f} MiB"
-    small = prompts.memory_after <= _MOST_BOT_MEMORY
-    table.add_row(f"the bot's memory after {prompts.consents:,}", memory, "", "≤ 150 MB", _mark(small))
 
 
 def _compare(table: Table, contender: Contender, reference: Contender, called: str, least: float) -> None:
     """Two rows: what is compared to, and what is compared."""
     _add(table, reference, "", "", None, "")
+    _add_ratio(table, contender, reference, called, least)
+
+
+def _add_ratio(table: Table, contender: Contender, reference: Contender, called: str, least: float) -> None:
     ratio, by_cpu = contender.ratio(reference), f"{contender.cpu_ratio(reference):.2f}"
     _add(table, contender, f"{ratio:.2f} of {called}", f"≥ {least:.2f}", ratio >= least, by_cpu)
 
@@ -358,9 +388,11 @@ def _options() -> Options:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure, and print a table.")
     parser.add_argument("--quick", action="store_true", help="100,000 connections, 3 short rounds")
     parser.add_argument("--seconds", type=float, help="the length of a contender's turn in a round")
+    parser.add_argument("--only", nargs="+", choices=_PARTS, metavar="PART", help=f"of {', '.join(_PARTS)}")
     given = parser.parse_args()
     many, rounds, seconds, prompting_seconds = (100_000, 3, 1.0, 10.0) if given.quick else (1_000_000, 9, 3.0, 60.0)
-    return Options(1_000, many, rounds, given.seconds or seconds, prompting_seconds)
+    parts = [part for part in _PARTS if part in (given.only or _PARTS)]
+    return Options(1_000, many, rounds, given.seconds or seconds, prompting_seconds, parts)
 
 
 def main() -> int:
@@ -371,13 +403,14 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_facts(), highlight=False, soft_wrap=True)
     progress = Console(stderr=True)
+    table = _empty_table()
     try:
         with progress.status("") as status:
-            outcome = _run(options, status.update)
+            _run(options, table, status.update)
     except _FAILURES as failure:
         progress.print(f"could not measure: {failure}", markup=False)
         return 1
-    console.print(_table(outcome))
+    console.print(table)
     return os.EX_OK
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tests.bench import load, stack
 
 WARM_UP = 0.3
+C = TypeVar("C", bound=load.Connection)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def fetching_contender(name: str, url: str, threads: int, core: int, *options: s
 
 
 @contextlib.contextmanager
-def connected(connect: Callable[[], Sequence[load.Connection]]) -> Iterator[Sequence[load.Connection]]:
+def connected(connect: Callable[[], Sequence[C]]) -> Iterator[Sequence[C]]:
     """Connections for the time of a `with` block."""
     connections = connect()
     try:

@@ -1,4 +1,4 @@
-"""The load generator: closed loops over raw sockets. Imports nothing of the project.
+"""The load generator: closed loops and a fixed rate, over raw sockets. Imports nothing of the project.
 
 A gRPC client in Python costs as much CPU as the server and would hide what is measured. So the
 frames are made once, and a response costs a few comparisons. Every answer is compared with the
@@ -10,6 +10,7 @@ import selectors
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,40 @@ def run(connections: Sequence[Connection], seconds: float) -> Result:
                 raise WrongAnswer(f"no answer within {_PATIENCE:g} s")
             for key, _ in events:
                 answers += key.data.receive(more=elapsed < seconds)
+        return Result(
+            answers,
+            time.perf_counter() - started,
+            time.process_time() - cpu,
+            sorted(itertools.chain.from_iterable(connection.latencies for connection in connections)),
+        )
+
+
+def run_at_rate(connections: Sequence["HttpConnection"], per_second: float, seconds: float) -> Result:
+    """Send so many requests a second, whether or not earlier ones have been answered.
+
+    A latency counts from when its request was due, even if all connections were busy then: else a
+    stall would hide all the requests that it holds up.
+    """
+    idle, wanted, sent, answers = deque(connections), round(per_second * seconds), 0, 0
+    # Epoll counts in milliseconds, select in microseconds.
+    with selectors.SelectSelector() as selector:
+        for connection in connections:
+            connection.latencies.clear()
+            selector.register(connection.socket, selectors.EVENT_READ, connection)
+        cpu, started = time.process_time(), time.perf_counter()
+        while answers < wanted:
+            now = time.perf_counter()
+            while idle and sent < wanted and (due := started + sent / per_second) <= now:
+                idle.popleft().send(due)
+                sent += 1
+            waits = sent == wanted or not idle  # for nothing but answers
+            events = selector.select(_PATIENCE if waits else max(0.0, started + sent / per_second - now))
+            if waits and not events:
+                raise WrongAnswer(f"no answer within {_PATIENCE:g} s")
+            for key, _ in events:
+                if key.data.receive(more=False):
+                    answers += 1
+                    idle.append(key.data)
         return Result(
             answers,
             time.perf_counter() - started,
@@ -242,7 +277,7 @@ class HttpConnection:
     requests: Iterator[bytes]
     body: bytes
     latencies: list[float] = field(default_factory=list)
-    _sent: float | None = None
+    _since: float | None = None
     _data: bytes = b""
 
     def __post_init__(self) -> None:
@@ -250,15 +285,19 @@ class HttpConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def start(self) -> None:
-        self._sent = time.perf_counter()
+        self.send(time.perf_counter())
+
+    def send(self, since: float) -> None:
+        """Send a request whose latency counts from then (of `time.perf_counter`)."""
+        self._since = since
         self.socket.sendall(next(self.requests))
 
     def is_idle(self) -> bool:
-        return self._sent is None
+        return self._since is None
 
     def receive(self, *, more: bool) -> int:
         received = self.socket.recv(_READ)
-        if not received or self._sent is None:
+        if not received or self._since is None:
             raise WrongAnswer("the gateway closed the connection, or spoke without being asked")
         self._data += received
         head, separator, body = self._data.partition(b"\r\n\r\n")
@@ -266,8 +305,8 @@ class HttpConnection:
             return 0
         if not head.startswith(b"HTTP/1.1 200 ") or body != self.body:
             raise WrongAnswer(f"the gateway answered {self._data[:300]!r}")
-        self.latencies.append(time.perf_counter() - self._sent)
-        self._data, self._sent = b"", None
+        self.latencies.append(time.perf_counter() - self._since)
+        self._data, self._since = b"", None
         if more:
             self.start()
         return 1

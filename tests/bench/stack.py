@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,10 @@ class Home:
     path: Path
     cookies: Sequence[str]
 
+    @property
+    def database(self) -> Path:
+        return self.path / "doorward.db"
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -91,10 +95,10 @@ def cores() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """Run this thread, and the processes that it starts meanwhile, on one core."""
+def on_core(*cores: int) -> Iterator[None]:
+    """Run this thread, and the processes that it starts meanwhile, on one core, or on these."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
@@ -158,7 +162,7 @@ def echo(folder: Path, core: int, threads: int) -> Iterator[Peer]:
 
 
 @contextlib.contextmanager
-def server(home: Home, logs: Path, core: int, *, access_log: bool) -> Iterator[tuple[Peer, int]]:
+def server(home: Home, logs: Path, *cores: int, access_log: bool) -> Iterator[tuple[Peer, int]]:
     """A server on a home; with its port."""
     port = free_port()
     environment = {
@@ -168,7 +172,7 @@ def server(home: Home, logs: Path, core: int, *, access_log: bool) -> Iterator[t
         "DOORWARD_LOG_ACCESS": str(access_log).lower(),
     }
     with contextlib.ExitStack() as stack:
-        with on_core(core):
+        with on_core(*cores):
             process = stack.enter_context(
                 running([BIN / "doorward", "serve"], logs / f"server-{port}.log", environment)
             )
@@ -177,20 +181,20 @@ def server(home: Home, logs: Path, core: int, *, access_log: bool) -> Iterator[t
 
 
 @contextlib.contextmanager
-def gateway(home: Home, server_port: int, logs: Path, core: int) -> Iterator[Gateway]:
-    """The gateway in front of the server with this port."""
+def gateway(home: Home, sockets: Iterable[Path], logs: Path, *cores: int) -> Iterator[Gateway]:
+    """The gateway in front of the servers with these sockets, with a thread a core."""
     port = free_port()
     environment = {
         "DOORWARD_HOME": str(home.path),
-        "DOORWARD_GRPC_PORT": str(server_port),
+        "DOORWARD_GATEWAY_UPSTREAMS": ",".join(f"unix:{socket}" for socket in sockets),
         "DOORWARD_GATEWAY_PORT": str(port),
         "DOORWARD_GATEWAY_ADMIN_PORT": str(free_port()),
         "DOORWARD_GATEWAY_RATE_LIMIT": "0",
-        "DOORWARD_GATEWAY_CONCURRENCY": "1",
+        "DOORWARD_GATEWAY_CONCURRENCY": str(len(cores)),
         "DOORWARD_GATEWAY_DRAIN_WAIT": "0",
     }
     with contextlib.ExitStack() as stack:
-        with on_core(core):
+        with on_core(*cores):
             process = stack.enter_context(
                 running([BIN / "doorward-gateway"], logs / f"gateway-{port}.log", environment)
             )
