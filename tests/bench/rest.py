@@ -1,7 +1,8 @@
 """GetKaiStatus over REST by two workers: against FastAPI with SQLAlchemy, and against an ideal handler.
 
 All share the same two cores with the load generator, and read the same database. Nobody logs calls but
-the gateway, which always does: in front of Doorward and of the ideal handler, not of FastAPI.
+the gateway, which always does: in front of Doorward and of the ideal handler, not of FastAPI. Envoy has
+one thread: two, on cores that the workers need, make an answer dearer (633 instead of 552 µs in one run).
 """
 
 import contextlib

@@ -182,7 +182,7 @@ def server(home: Home, logs: Path, *cores: int, access_log: bool) -> Iterator[tu
 
 @contextlib.contextmanager
 def gateway(home: Home, sockets: Iterable[Path], logs: Path, *cores: int) -> Iterator[Gateway]:
-    """The gateway in front of the servers with these sockets, with a thread a core."""
+    """The gateway in front of the servers with these sockets. It has one thread."""
     port = free_port()
     environment = {
         "DOORWARD_HOME": str(home.path),
@@ -190,7 +190,7 @@ def gateway(home: Home, sockets: Iterable[Path], logs: Path, *cores: int) -> Ite
         "DOORWARD_GATEWAY_PORT": str(port),
         "DOORWARD_GATEWAY_ADMIN_PORT": str(free_port()),
         "DOORWARD_GATEWAY_RATE_LIMIT": "0",
-        "DOORWARD_GATEWAY_CONCURRENCY": str(len(cores)),
+        "DOORWARD_GATEWAY_CONCURRENCY": "1",
         "DOORWARD_GATEWAY_DRAIN_WAIT": "0",
     }
     with contextlib.ExitStack() as stack:
