@@ -3,6 +3,9 @@
 All share the same two cores with the load generator, and read the same database. Nobody logs calls but
 the gateway, which always does: in front of Doorward and of the ideal handler, not of FastAPI. Envoy has
 one thread: two, on cores that the workers need, make an answer dearer (633 instead of 552 µs in one run).
+
+Where other programs use these cores too, several processes in a row lose more by it than one: then
+the rates tell little, and the ratio by CPU time is the one to read.
 """
 
 import contextlib
