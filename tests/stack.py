@@ -72,7 +72,8 @@ def settings_text(provider: SandboxProvider, more: str = "") -> str:
     ]
     sections.append(_IDENTITY_PROVIDERS.format(url=provider.url, timeout=TIMEOUT))
     settings = _SETTINGS.format(address=provider.address, lease=LEASE)
-    return more + settings + ENGINES.settings() + "".join(sections)
+    database = "" if "[database]" in more else ENGINES.settings()
+    return more + settings + database + "".join(sections)
 
 
 @dataclass(frozen=True)

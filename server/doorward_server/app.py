@@ -377,7 +377,7 @@ class Server:
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
-        with _awaited_signals():
+        with _awaited_signals(), self.app.database.listening():
             self._serve(on_ready)
 
     def _serve(self, on_ready: Callable[[dict[str, Any]], None] | None) -> None:
@@ -448,7 +448,7 @@ class Server:
 
 def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Do jobs until SIGTERM or SIGINT; those under way are given the time of a drain."""
-    with _awaited_signals():
+    with _awaited_signals(), app.database.listening():
         app.record_key()
         app.worker.start()
         where = {"home": str(app.settings.home)}

@@ -198,7 +198,7 @@ class Database(ABC):
         self.engine.after_commit(partial(self._wake, topic))
 
     def _wake(self, topic: str) -> None:
-        for wake in self._subscribers[topic]:
+        for wake in self._subscribers.get(topic, ()):
             wake()
 
     @contextmanager

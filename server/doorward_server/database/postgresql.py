@@ -22,10 +22,10 @@ from doorward_server.database.base import Database, Row, storage_failures
 # Whoever writes holds this advisory lock until the end of its transaction. (The number is "doorward", in ASCII.)
 WRITERS_LOCK = int.from_bytes(b"doorward")
 _LOCK = f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})"
-_CHANNEL = "doorward_"
+_CHANNEL = "doorward"
 # Seconds. A server that does not answer is given up, and not asked again by everyone in turn.
 _CONNECT_TIMEOUT, _REST_AFTER_FAILURE = 3, 0.25
-_LISTEN_AGAIN = 1.0
+_LISTEN_AGAIN, _HEED_STOP = 1.0, 0.5
 # libpq's words: a dead peer is noticed although it never says so. Those of the URL win.
 _CONNECTION = {
     "connect_timeout": _CONNECT_TIMEOUT,
@@ -91,7 +91,7 @@ class PostgresqlDatabase(Database):
 
     def announce(self, topic: str) -> None:
         super().announce(topic)
-        self.execute("SELECT pg_notify(?, '')", (_CHANNEL + topic,))
+        self.execute("SELECT pg_notify(?, ?)", (_CHANNEL, topic))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -107,12 +107,12 @@ class PostgresqlDatabase(Database):
     def _listen(self, stop: threading.Event) -> None:
         while not stop.is_set():
             with contextlib.suppress(psycopg.Error), self._connect_alone() as other:
+                other.execute(f"LISTEN {_CHANNEL}")
                 for topic in self._subscribers:
-                    other.execute(f'LISTEN "{_CHANNEL}{topic}"')
                     self._wake(topic)  # there may have been news meanwhile
                 while not stop.is_set():
-                    for notice in other.notifies(timeout=0.5, stop_after=1):
-                        self._wake(notice.channel.removeprefix(_CHANNEL))
+                    for notice in other.notifies(timeout=_HEED_STOP, stop_after=1):
+                        self._wake(notice.payload)
             stop.wait(_LISTEN_AGAIN)
 
     def _connect_alone(self) -> psycopg.Connection:
