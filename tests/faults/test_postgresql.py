@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import pytest
 
 from tests.contract.test_request_api_key import ALLOWED, CALLBACK, NO_LIMITS, snowflake
 from tests.engines import IN_TESTS, Postgresql, postgresql_server
-from tests.processes import await_condition, running
+from tests.processes import BIN, await_condition, running
 from tests.sandbox.client import SandboxProvider
-from tests.stack import BIN, Person, Stack, make_stack
+from tests.stack import Person, Stack, make_stack
 
 STATUS = "/api/v1/users/me/integrations/kai/flo"
 # Seconds from PostgreSQL's first answer until Doorward's.
@@ -93,8 +94,11 @@ class Load:
             self.without_retry_after.append(answer.text)
         return answer.status_code
 
-    def counted(self, status: int) -> int:
-        return self.statuses[status]
+    def has(self, status: int, number: int) -> bool:
+        return self.statuses[status] > number
+
+    def accepts_more_than(self, number: int) -> bool:
+        return len(self.accepted) > number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=["restarted", "crashed"])
@@ -102,13 +106,13 @@ def test_restarted_under_load(away_stack: Stack, postgresql: Postgresql, number:
     load = Load(away_stack, away_stack.person())
     with load.running():
         for _ in range(SOAK_RESTARTS if soaking else RESTARTS):
-            served, refused = load.counted(200), load.counted(503)
-            await_condition(lambda served=served: load.counted(200) > served + 50, "answers")
+            served, refused = load.statuses[200], load.statuses[503]
+            await_condition(partial(load.has, 200, served + 50), "answers")
             postgresql.stop(number)
-            await_condition(lambda refused=refused: load.counted(503) > refused + 20, "refusals")
+            await_condition(partial(load.has, 503, refused + 20), "refusals")
             postgresql.start()
-            back, served = time.monotonic(), len(load.accepted)
-            await_condition(lambda served=served: len(load.accepted) > served, "a change after the restart")
+            back = time.monotonic()
+            await_condition(partial(load.accepts_more_than, len(load.accepted)), "a change after the restart")
             assert time.monotonic() - back < RECOVERY
     assert set(load.statuses) == {200, 503}, load.statuses
     assert load.without_retry_after == []
