@@ -20,6 +20,7 @@ from doorward_bot.consent import Consent
 from doorward_bot.errors import BotError
 from doorward_bot.keys import Keys
 from doorward_bot.logs import Log, describe, make_log
+from doorward_bot.metrics import Metrics
 from doorward_bot.poller import Poller
 from doorward_bot.settings import Settings
 from doorward_bot.sharing import Sharing
@@ -77,16 +78,18 @@ async def run(settings: Settings) -> None:
     token = settings.discord_token.get_secret_value()
     server_token = settings.doorward_bot_token.get_secret_value()
     async with Broker(settings.server, read_credentials(settings), server_token) as broker:
-        bot = Bot(log)
-        consent = Consent(bot, broker, log)
+        bot, metrics = Bot(log), Metrics()
+        consent = Consent(bot, broker, log, metrics)
+        poller = Poller(broker, consent, log, metrics)
         for cog in (consent, Keys(broker, consent), Sharing(broker)):
             bot.add_cog(cog)
 
         def state() -> dict[str, bool]:
             return {"discord": bot.is_connected, "server": broker.is_reached}
 
-        async with _health(settings.doorward_bot_health_port, state):
-            await _until_one_ends(bot, _discord(bot, token, log), _poll(bot, Poller(broker, consent, log)), _stopped())
+        metrics.watch(state, lambda: poller.under_way)
+        async with _health(settings.doorward_bot_health_port, state, metrics):
+            await _until_one_ends(bot, _discord(bot, token, log), _poll(bot, poller), _stopped())
         log.info("stopped")
 
 
@@ -97,10 +100,10 @@ def _log_unawaited(log: Log, context: dict[str, Any]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _health(port: int, state: Callable[[], dict[str, bool]]) -> AsyncIterator[None]:
+async def _health(port: int, state: Callable[[], dict[str, bool]], metrics: Metrics) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as opened:
         try:
-            await opened.enter_async_context(health.served(port, state))
+            await opened.enter_async_context(health.served(port, state, metrics.registry))
         except OSError as failure:
             reason = os.strerror(failure.errno or 0)
             raise BotError(f"DOORWARD_BOT_HEALTH_PORT: cannot listen on port {port}: {reason}") from None

@@ -47,7 +47,8 @@ def serve(
 
     DOORWARD_BOT_ALLOW_PLAINTEXT: true lets the bot call a server on another machine without TLS.
 
-    DOORWARD_BOT_HEALTH_PORT: where GET /healthz on 127.0.0.1 tells whether Discord and the server are reached.
+    DOORWARD_BOT_HEALTH_PORT: where GET /healthz on 127.0.0.1 tells whether Discord and the server are reached, and
+    GET /metrics the rest, to Prometheus.
 
     DISCORD_API_BASE: another Discord, such as a stand-in for tests.
 

@@ -20,6 +20,7 @@ from doorward_bot.broker import Away, Broker, NotAdmitted, Refused
 from doorward_bot.discord import CannotAsk, Dms, Message
 from doorward_bot.locks import Locks
 from doorward_bot.logs import Log, describe
+from doorward_bot.metrics import Metrics
 from doorward_bot.prompts import PAGE, Place, Press, Prompt, choose, decode, ended, fits, parse_answer
 
 # Seconds for which a user's answer waits for a server that is away.
@@ -38,11 +39,12 @@ _Status: TypeAlias = pb.ConsentStatus.ValueType
 class Consent(commands.Cog):
     """The prompts, from the lease to the end."""
 
-    def __init__(self, bot: commands.InteractionBot, broker: Broker, log: Log) -> None:
+    def __init__(self, bot: commands.InteractionBot, broker: Broker, log: Log, metrics: Metrics) -> None:
         self._bot = bot
         self._broker = broker
         self._log = log
-        self._dms = Dms(bot.http)
+        self._metrics = metrics
+        self._dms = Dms(bot.http, metrics)
         self._locks = Locks()
 
     # Prompts
@@ -75,6 +77,7 @@ class Consent(commands.Cog):
         except CannotAsk:
             await self._resolve(request.id, blocked=pb.Blocked())
             await self._broker.call("ClosePrompt", pb.ClosePromptRequest(request_id=request.id))
+            self._metrics.prompt_ended("refused")
             self._log.info("user cannot be asked", request_id=request.id)
             return
         if not await self._mark(request.id, leased.lease_epoch, place):
@@ -88,6 +91,7 @@ class Consent(commands.Cog):
         message_id = await self._dms.send(
             channel_id, payload, nonce=f"{leased.request.prompt_id}-{leased.request.create_time.seconds}"
         )
+        self._metrics.prompt_ended("sent")
         self._log.info("prompted", request_id=leased.request.id)
         return Place(channel_id, message_id, tuple(key.id for key in leased.keys))
 
@@ -145,13 +149,16 @@ class Consent(commands.Cog):
 
     # What a user has decided
 
-    async def _decide(self, prompt: Prompt, chosen: Sequence[pb.ApiKey] | None) -> pb.ResolveConsentRequestResponse:
+    async def _decide(
+        self, prompt: Prompt, chosen: Sequence[pb.ApiKey] | None, by: str
+    ) -> pb.ResolveConsentRequestResponse:
         """Share keys, or cancel; returns how the request ended, now or before. Raises Refused when a key is gone."""
         if chosen is None:
             outcome = await self._resolve(prompt.request.id, canceled=pb.Canceled())
         else:
             granted = pb.GrantedKeys(key_ids=[key.id for key in chosen])
             outcome = await self._resolve(prompt.request.id, granted=granted)
+        self._metrics.answered(by, _counted_as(outcome.decided, chosen))
         self._log.info("decided", request_id=prompt.request.id, status=pb.ConsentStatus.Name(outcome.status))
         labels = [key.label for key in chosen or ()] if outcome.decided else []
         try:
@@ -277,7 +284,7 @@ class Consent(commands.Cog):
     async def _answer_typed(self, message: Message, prompt: Prompt) -> str:
         chosen = parse_answer(message["content"], prompt.keys)
         try:
-            outcome = await self._decide(prompt, chosen)
+            outcome = await self._decide(prompt, chosen, "typed")
         except Refused as refused:
             return _sorry(refused)
         if not outcome.decided:
@@ -346,10 +353,10 @@ class Consent(commands.Cog):
         is_gone = not there or (press.action == "share" and len(there) < len(chosen))
         try:
             if press.action == "cancel":
-                await self._decide(prompt, None)
+                await self._decide(prompt, None, "pressed")
                 return None
             if not is_gone:
-                await self._decide(prompt, there)
+                await self._decide(prompt, there, "pressed")
                 return None
         except Refused as refused:
             if refused.reason != _KEY_GONE:
@@ -374,7 +381,14 @@ class Consent(commands.Cog):
         try:
             await asyncio.wait_for(step, _ACKNOWLEDGED)
         except Exception as failure:  # noqa: BLE001
+            self._metrics.discord_failed(failure)
             self._log.warning("interaction lost", **describe(failure))
+
+
+def _counted_as(decided: bool, chosen: Sequence[pb.ApiKey] | None) -> str:
+    if not decided:
+        return "late"
+    return "canceled" if chosen is None else "granted"
 
 
 def _sorry(refused: Refused) -> str:

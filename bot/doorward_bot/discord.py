@@ -1,15 +1,19 @@
-"""The few calls of Discord's REST API that the bot makes itself, on raw JSON. Imports nothing of the project.
+"""The few calls of Discord's REST API that the bot makes itself, on raw JSON. Imports only `metrics`.
 
 disnake keeps what it hands out in caches, and has no parameter for `enforce_nonce`; its HTTP client still does the
 rate limits and the retries.
 """
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import disnake
 from aiolimiter import AsyncLimiter
 from disnake.http import HTTPClient, Route
+
+from doorward_bot.metrics import Metrics
 
 # Discord's JSON error codes (https://discord.com/developers/docs/topics/opcodes-and-status-codes#json).
 _NO_SUCH_USER = {10013, 50033}
@@ -27,15 +31,26 @@ class CannotAsk(Exception):
 class Dms:
     """Direct messages with users."""
 
-    def __init__(self, http: HTTPClient) -> None:
+    def __init__(self, http: HTTPClient, metrics: Metrics) -> None:
         self._http = http
+        self._metrics = metrics
         # Discord takes 50 requests a second: with this, never more than 47 in any second.
         self._pace = AsyncLimiter(5, 0.12)
+
+    @contextlib.asynccontextmanager
+    async def _calling(self) -> AsyncIterator[None]:
+        """At the pace that Discord wants; failures are counted."""
+        async with self._pace:
+            try:
+                yield
+            except (disnake.HTTPException, aiohttp.ClientError, OSError) as failure:
+                self._metrics.discord_failed(failure)
+                raise
 
     async def open(self, user_id: int) -> int:
         """The id of the channel. Raises CannotAsk."""
         try:
-            async with self._pace:
+            async with self._calling():
                 channel = await self._http.start_private_message(user_id)
         except disnake.HTTPException as failure:
             raise _translated(failure) from None
@@ -45,7 +60,7 @@ class Dms:
         """The id of the message; a repeat with the same nonce is the same message. Raises CannotAsk."""
         route = Route("POST", "/channels/{channel_id}/messages", channel_id=channel_id)
         try:
-            async with self._pace:
+            async with self._calling():
                 sent = await self._http.request(route, json={**payload, "nonce": nonce, "enforce_nonce": True})
         except disnake.HTTPException as failure:
             raise _translated(failure) from None
@@ -66,7 +81,7 @@ class Dms:
             "PATCH", "/channels/{channel_id}/messages/{message_id}", channel_id=channel_id, message_id=message_id
         )
         try:
-            async with self._pace:
+            async with self._calling():
                 await self._http.request(route, json=payload)
         except disnake.HTTPException as failure:
             if failure.status in _GONE:
@@ -77,7 +92,7 @@ class Dms:
     async def can_be_pressed(self, channel_id: int, message_id: int) -> bool:
         """Whether a message shows buttons, or a menu."""
         try:
-            async with self._pace:
+            async with self._calling():
                 message = await self._http.get_message(channel_id, message_id)
         except disnake.NotFound:
             return False
@@ -86,7 +101,7 @@ class Dms:
     async def history(self, channel_id: int, after: int) -> AsyncIterator[Message]:
         """The messages of a channel after an id (of a message, or a time), the oldest first."""
         while True:
-            async with self._pace:
+            async with self._calling():
                 page = sorted(
                     await self._http.logs_from(channel_id, _HISTORY, after=after),
                     key=lambda message: int(message["id"]),

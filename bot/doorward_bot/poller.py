@@ -9,6 +9,7 @@ from doorward_bot.backoff import Backoff
 from doorward_bot.broker import Away, Broker, Refused
 from doorward_bot.consent import Consent
 from doorward_bot.logs import Log, describe
+from doorward_bot.metrics import Metrics
 
 # Prompts that are sent, or closed, at once.
 _AT_ONCE = 16
@@ -22,12 +23,18 @@ _LONGEST_TAKE = 45.0
 class Poller:
     """Leases prompts, as many as there is room for, and hands them to the consent."""
 
-    def __init__(self, broker: Broker, consent: Consent, log: Log) -> None:
+    def __init__(self, broker: Broker, consent: Consent, log: Log, metrics: Metrics) -> None:
         self._broker = broker
         self._consent = consent
         self._log = log
+        self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_room = asyncio.Event()
+
+    @property
+    def under_way(self) -> int:
+        """How many prompts are being sent or closed."""
+        return len(self._tasks)
 
     async def run(self) -> None:
         """Until it is canceled. Raises NotAdmitted."""
@@ -41,6 +48,7 @@ class Poller:
                 await asyncio.sleep(pause)
                 continue
             backoff.reset()
+            self._metrics.leased(len(leased))
             for one in leased:
                 task = asyncio.create_task(self._take(one))
                 self._tasks.add(task)
@@ -61,9 +69,11 @@ class Poller:
             async with asyncio.timeout(_LONGEST_TAKE):
                 await self._consent.take(leased)
         except (Away, Refused, disnake.HTTPException, OSError) as failure:
+            self._metrics.prompt_ended("failed")
             status = getattr(failure, "status", None)
             self._log.warning("prompt failed", request_id=leased.request.id, status=status, **describe(failure))
         except Exception as failure:  # noqa: BLE001 - one bad prompt must not end the bot
+            self._metrics.prompt_ended("failed")
             self._log.error("prompt failed", request_id=leased.request.id, **describe(failure))
 
     def _forget(self, task: asyncio.Task[None]) -> None:

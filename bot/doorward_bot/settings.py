@@ -38,7 +38,8 @@ class Settings(BaseSettings):
     doorward_bot_key_file: Path | None = None
     # Whether a server on another machine may be called without TLS, which shows the service token and users' keys.
     doorward_bot_allow_plaintext: bool = False
-    # Where GET /healthz tells whether Discord and the server are reached, on this machine; 0: nowhere.
+    # Where GET /healthz tells whether Discord and the server are reached, and GET /metrics is for Prometheus; on this
+    # machine; 0: nowhere.
     doorward_bot_health_port: int = Field(0, ge=0, le=65535)
     doorward_log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from doorward.identity.v1 import identity_service_pb2, identity_service_pb2_grpc
 from doorward.integration.v1 import integration_service_pb2, integration_service_pb2_grpc
 from doorward.keybroker.v1 import keybroker_service_pb2, keybroker_service_pb2_grpc
-from doorward_server import models
+from doorward_server import metrics, models
 from doorward_server.accounts import Accounts
 from doorward_server.api_keys import ApiKeys
 from doorward_server.applications import Applications
@@ -41,6 +41,8 @@ from doorward_server.jobs import Jobs, outside
 from doorward_server.key_validators import KeyValidators
 from doorward_server.logs import Log, describe, make_log
 from doorward_server.master_keys import KeyFile, MasterKeys
+from doorward_server.metrics import Metrics
+from doorward_server.monitoring import StateCollector
 from doorward_server.oauth import OAuth
 from doorward_server.outbound import Bulkhead, Outbound, Timeouts
 from doorward_server.provider_registry import ProviderRegistry
@@ -101,6 +103,10 @@ class App:
         refuse_moved(database)
         models.bind(database)
         return database
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics()
 
     @cached_property
     def keys(self) -> KeyRing:
@@ -171,6 +177,7 @@ class App:
             ca_file=outbound.ca_file,
             bulkhead=bulkhead,
             concurrency=outbound.concurrency,
+            observe=self.metrics.request_ended,
         )
 
     @cached_property
@@ -196,6 +203,7 @@ class App:
             reads=self.access_reads,
             lease=timedelta(seconds=self.settings.refresh.lease),
             log=self.log,
+            metrics=self.metrics,
         )
 
     @cached_property
@@ -250,6 +258,7 @@ class App:
             ca_file=self.settings.outbound.ca_file,
             bulkhead=bulkhead,
             concurrency=threads,
+            observe=self.metrics.request_ended,
         )
 
     @cached_property
@@ -304,6 +313,7 @@ class App:
             poll=jobs.poll,
             threads=jobs.threads,
             log=self.log,
+            metrics=self.metrics,
         )
 
     @cached_property
@@ -322,6 +332,7 @@ class App:
             Authenticator(self.sessions, self.service_tokens, self.clients, self.applications, self.basic_failures),
             Peers(self.settings.grpc.gateway_name),
             self.log,
+            self.metrics,
             access_log=self.settings.log.access,
             whole_messages=whole_messages,
         )
@@ -338,6 +349,16 @@ class App:
             if pem.expires_at <= self.clock.now():
                 self.log.warning("certificate has expired", file=str(pem.path), expired_at=pem.expires_at.isoformat())
         return tls
+
+    @contextlib.contextmanager
+    def serving_metrics(self) -> Iterator[None]:
+        """Answer GET /metrics meanwhile, if the settings say where."""
+        section = self.settings.metrics
+        if section.port is not None:
+            state = StateCollector(self.clock, self.jobs, self.deliveries, self.consents, self.integrations)
+            self.metrics.registry.register(state)
+        with metrics.served(self.metrics.registry, section.host, section.port):
+            yield
 
     def add_services(self, server: grpc.Server) -> None:
         integration_service_pb2_grpc.add_IntegrationServiceServicer_to_server(
@@ -377,7 +398,7 @@ class Server:
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
-        with _awaited_signals(), self.app.database.listening():
+        with _awaited_signals(), self.app.serving_metrics(), self.app.database.listening():
             self._serve(on_ready)
 
     def _serve(self, on_ready: Callable[[dict[str, Any]], None] | None) -> None:
@@ -448,7 +469,7 @@ class Server:
 
 def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Do jobs until SIGTERM or SIGINT; those under way are given the time of a drain."""
-    with _awaited_signals(), app.database.listening():
+    with _awaited_signals(), app.serving_metrics(), app.database.listening():
         app.record_key()
         app.worker.start()
         where = {"home": str(app.settings.home)}

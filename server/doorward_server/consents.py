@@ -74,6 +74,15 @@ _IS_BLOCKED = """
 SELECT 1 FROM application_blocks JOIN oauth_identities ON oauth_identities.user_id = application_blocks.user_id
 WHERE oauth_identities.provider = 'discord' AND oauth_identities.subject = ? AND application = ?
 """
+# Each by an index of its own.
+_COUNT_OPEN = """
+SELECT 'pending', count(*) FROM consent_requests WHERE status = 'pending'
+UNION ALL SELECT 'prompted', count(*) FROM consent_requests WHERE status = 'prompted'
+"""
+_NEGLECTED = """
+SELECT count(*) FROM consent_requests
+WHERE status = 'pending' AND lease_epoch = 0 AND lease_expires_at <= ? AND deadline_at > ?
+"""
 _INSERT = """
 INSERT INTO consent_requests (prompt_id, discord_user, application_id, name, callback, state, address, status,
                               lease_epoch, lease_expires_at, message, deadline_at, created_at)
@@ -438,6 +447,16 @@ class Consents:
             raise KeyNotFound
 
     # Telling
+
+    def count_open(self) -> dict[str, int]:
+        """How many requests wait to be put to their users, and how many for their answers."""
+        return dict(self.database.fetch_rows(_COUNT_OPEN, ()))
+
+    def neglected(self, since: timedelta) -> int:
+        """How many requests no bot has taken for so long."""
+        now = self.clock.now()
+        row = self.database.fetch_one(_NEGLECTED, (to_micros(now - since), to_micros(now)))
+        return row[0] if row else 0
 
     def get(self, request_id: int) -> ConsentRequest:
         """Raises ConsentRequestNotFound."""

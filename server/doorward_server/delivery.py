@@ -99,6 +99,11 @@ WHERE id = ? AND (status = 'queued' OR ? = 'sent')
 """
 
 
+_UNSENT = """
+SELECT status, count(*) FROM deliveries WHERE status IN ('queued', 'abandoned') GROUP BY status
+"""
+
+
 class Status(StrEnum):
     """Where a delivery stands; the names of doorward.keybroker.v1.DeliveryStatus."""
 
@@ -347,6 +352,10 @@ class Deliveries:
         if request_id is not None:
             query = query.where(Delivery.request == request_id)
         return self.database.fetch_all(query)
+
+    def count_unsent(self) -> dict[str, int]:
+        """How many are queued, and how many abandoned."""
+        return {Status.QUEUED: 0, Status.ABANDONED: 0, **dict(self.database.fetch_rows(_UNSENT, ()))}
 
     def get(self, delivery_id: int) -> Delivery:
         """Raises DeliveryNotFound."""

@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import peewee
 
@@ -37,7 +38,8 @@ from doorward_server.errors import (
 )
 from doorward_server.jobs import Abandon, Jobs, Payload
 from doorward_server.logs import Log
-from doorward_server.models import CodeClaim, Connection
+from doorward_server.metrics import Metrics
+from doorward_server.models import CodeClaim, Connection, User
 from doorward_server.oauth import OAuth, TokenPair
 from doorward_server.outbound import Bulkhead, ConnectTimeout, NotConnectable
 from doorward_server.provider_registry import ProviderRegistry
@@ -47,6 +49,7 @@ from doorward_server.users import Users
 REVOCATION = "revoke-token"
 DEFAULT_MIN_TTL = 10
 _LARGEST_MIN_TTL = 86400
+_COUNT = "SELECT provider, needs_reauth, count(*) FROM connections GROUP BY provider, needs_reauth"
 # Answered by the index alone.
 _STATUS = "SELECT needs_reauth FROM connections INDEXED BY connections_status WHERE user_id = ? AND provider = ?"
 # What those who waited for a refresh are told when it failed.
@@ -56,6 +59,8 @@ _REFRESH_FAILURES: Mapping[str, type[CallError]] = {
 # A code that no provider will take any more is forgotten after this long.
 _CLAIM_LIFE = timedelta(days=7)
 _CONNECTED = "connected"
+# A connection that cannot be refreshed is called expiring for so long.
+_SOON = timedelta(days=1)
 # How long a failing disk is given to take a pair that was just obtained.
 _STORING_SECONDS = 3.0
 
@@ -66,6 +71,29 @@ class AccessToken:
 
     value: str = field(repr=False)
     expires_at: datetime | None
+
+
+class Status(StrEnum):
+    """Where a connection stands, as an operator sees it."""
+
+    CONNECTED = "connected"  # the token is valid, or the refresh token gets another one
+    EXPIRING = "expiring"  # within a day, and there is no refresh token
+    EXPIRED = "expired"  # and there is no refresh token
+    NEEDS_REAUTH = "needs_reauth"  # the user has to connect again
+
+
+class ListedConnection(NamedTuple):
+    """A connection as an operator sees it; `reason` is why it is not in order, or why the last refresh failed."""
+
+    id: int
+    user_id: int
+    slug: str
+    provider: str
+    status: str
+    reason: str | None
+    expires_at: datetime | None
+    obtained_at: datetime
+    created_at: datetime
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,7 @@ class Integrations:
     reads: AccessReads
     lease: timedelta
     log: Log
+    metrics: Metrics
 
     def status(self, user_id: int, kai_type: str) -> bool:
         """Whether the user is connected, by tokens that the provider has not refused."""
@@ -103,6 +132,52 @@ class Integrations:
     def connections(self, user_id: int) -> list[Connection]:
         """A user's connections, those that need a new authorization too."""
         return self.database.fetch_all(Connection.select().where(Connection.user == user_id).order_by(Connection.id))
+
+    def latest(
+        self,
+        most: int,
+        *,
+        user_id: int | None = None,
+        provider: str | None = None,
+        status: Status | None = None,
+        before: int | None = None,
+    ) -> list[ListedConnection]:
+        """The latest first, without the tokens: all, or those of a user, at a provider, that stand so, below an id."""
+        status_of, reason_of = _judged(self.clock.now())
+        query = (
+            Connection.select(
+                Connection.id,
+                Connection.user,
+                User.slug,
+                Connection.provider,
+                status_of,
+                reason_of,
+                Connection.expires_at,
+                Connection.obtained_at,
+                Connection.created_at,
+            )
+            .join(User)
+            .order_by(Connection.id.desc())
+            .limit(most)
+        )
+        if user_id is not None:
+            query = query.where(Connection.user == user_id)
+        if provider is not None:
+            query = query.where(Connection.provider == provider)
+        if status is not None:
+            query = query.where(status_of == status)
+        if before is not None:
+            query = query.where(Connection.id < before)
+        return [ListedConnection(*row) for row in self.database.fetch_all(query.tuples())]
+
+    def count_by_provider(self) -> list[tuple[str, bool, int]]:
+        """A provider, whether users have to connect again, and how many. Reads an index over all connections."""
+        return [(provider, bool(needs), count) for provider, needs, count in self.database.fetch_rows(_COUNT, ())]
+
+    def can_be_opened(self, most: int) -> list[bool]:
+        """Whether each of the latest connections can be opened with the keys at hand."""
+        query = Connection.select().order_by(Connection.id.desc()).limit(most)
+        return [self._can_open(connection) for connection in self.database.fetch_all(query)]
 
     def queue_revocations(self, user_id: int, actor: str) -> None:
         """Queue the revocation of all the tokens of a user whom the actor deletes, inside the caller's transaction."""
@@ -289,6 +364,13 @@ class Integrations:
             expires_in=None,
         )
 
+    def _can_open(self, connection: Connection) -> bool:
+        try:
+            self._open_pair(connection)
+        except CannotOpen:
+            return False
+        return True
+
     def _revoked(self, connection: Connection, actor: str) -> None:
         """What follows the end of a connection, inside the caller's transaction."""
         subject, user_id = f"connection:{connection.id}", connection.user_id
@@ -367,12 +449,15 @@ class Integrations:
         try:
             pair = self.oauth.refresh(provider, refresh_token)
         except GrantRefused:
+            self.metrics.refresh_ended(provider.id, "grant_refused")
             self._refused(held)
         except CallError as failure:
+            self.metrics.refresh_ended(provider.id, failure.reason.lower())
             self._end_lease(held, lease_failure=failure.reason)
             raise
         else:
             self._store_refreshed(held, pair)
+            self.metrics.refresh_ended(provider.id, "refreshed")
 
     def _acquire(self, connection: Connection, min_ttl: timedelta) -> Connection | None:
         """The row under a new lease, or None when another call was faster."""
@@ -432,6 +517,29 @@ class Integrations:
     def _end_lease(self, held: Connection, **values: Any) -> None:
         with self.database.writing():
             self._write(held, epoch=held.lease_epoch, lease_expires_at=None, **values)
+
+
+def _judged(now: datetime) -> tuple[peewee.Case, peewee.Case]:
+    """What SQL says of a connection: its status, and the reason for that."""
+    ends, cannot_refresh = Connection.expires_at, Connection.refresh_token.is_null()
+    status = peewee.Case(
+        None,
+        (
+            (Connection.needs_reauth, Status.NEEDS_REAUTH),
+            (cannot_refresh & (ends <= now), Status.EXPIRED),
+            (cannot_refresh & (ends <= now + _SOON), Status.EXPIRING),
+        ),
+        Status.CONNECTED,
+    )
+    reason = peewee.Case(
+        None,
+        (
+            (cannot_refresh & (Connection.needs_reauth | (ends <= now + _SOON)), "NO_REFRESH_TOKEN"),
+            (Connection.needs_reauth, "GRANT_REFUSED"),
+        ),
+        Connection.lease_failure,
+    )
+    return status, reason
 
 
 def _actor(user_id: int) -> str:

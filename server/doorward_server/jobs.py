@@ -16,7 +16,7 @@ from doorward_server.clock import Clock
 from doorward_server.crypto import KeyRing, Place
 from doorward_server.database import Database
 from doorward_server.errors import DoorwardError
-from doorward_server.models import Job, to_micros
+from doorward_server.models import Job, from_micros, to_micros
 
 Payload = dict[str, Any]
 _TOPIC = "jobs"
@@ -34,6 +34,8 @@ UPDATE jobs SET run_at = ?, attempts = attempts + 1
 WHERE id IN (SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED)
 RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
+_BACKLOG = "SELECT count(*), min(run_at) FROM jobs WHERE run_at <= ?"
+_ABANDONED = "SELECT kind, count(*) FROM jobs WHERE run_at IS NULL GROUP BY kind ORDER BY kind"
 _FINISH = "DELETE FROM jobs WHERE id = ? AND attempts = ?"
 _PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ? RETURNING id"
 
@@ -52,6 +54,13 @@ class PutOff(NamedTuple):
 Ending = Callable[[], PutOff | None]
 Action = Callable[[], Ending | None]
 Handler = Callable[[Payload], Action | PutOff | None]
+
+
+class Backlog(NamedTuple):
+    """How many jobs are due that nobody has claimed, and since when the oldest of them."""
+
+    jobs: int
+    since: datetime | None
 
 
 class Abandon(DoorwardError):
@@ -103,6 +112,16 @@ class Jobs:
             return []
         parameters = (to_micros(now + lease), *which, to_micros(now), most)
         return [Job.from_row(row) for row in self.database.claim(claim, parameters)]
+
+    def backlog(self) -> Backlog:
+        """What is due now."""
+        row = self.database.fetch_one(_BACKLOG, (to_micros(self._clock.now()),))
+        jobs, since = row or (0, None)
+        return Backlog(jobs, None if since is None else from_micros(since))
+
+    def abandoned(self) -> dict[str, int]:
+        """How many jobs were given up, by kind. Reads the whole table."""
+        return dict(self.database.fetch_rows(_ABANDONED, ()))
 
     def payload(self, job: Job) -> Payload:
         opened: Payload = json.loads(self._keys.open(job.payload, _payload_of(job.id)))

@@ -29,6 +29,7 @@ import httpx
 
 from doorward_server.errors import (
     Busy,
+    CallError,
     OperatorError,
     ProviderMalformed,
     ProviderTimeout,
@@ -38,7 +39,12 @@ from doorward_server.errors import (
 MAX_ANSWER_BYTES = 1 << 20
 _JUDGING_SECONDS = 1.0
 _JUDGING_LOOKUPS = 8
+# Who is told of a request: the peer, the outcome, and the seconds that it took.
+Observe = Callable[[str, str, float], None]
+# Whoever a body is posted to, in metrics: hosts are no one's but the applications'.
+_CALLBACKS = "(callbacks)"
 T = TypeVar("T")
+R = TypeVar("R", "Answer", "Receipt")
 _HEADERS = {"user-agent": "doorward", "accept": "application/json", "accept-encoding": "identity"}
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -81,6 +87,7 @@ class Receipt:
 
     status: int
     retry_after: str | None
+    date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -336,8 +343,10 @@ class Outbound:
         ca_file: Path | None,
         bulkhead: Bulkhead,
         concurrency: int,
+        observe: Observe = lambda *_: None,
     ) -> None:
         """`setting` is what the allow list is called, for the error when it is wrong."""
+        self._observe = observe
         self.bulkhead = bulkhead
         allowed = parse_allowed(allow, setting)
         self._backend = _GuardedBackend(allowed, concurrency)
@@ -365,15 +374,12 @@ class Outbound:
         Raises Busy, NotConnectable, ConnectTimeout, ProviderUnavailable (not HTTP, too), ProviderTimeout,
         or ProviderMalformed (an answer that is too large or does not decode).
         """
-        with self._sending([provider_id], timeouts) as extensions:
-            request = httpx.Request(
-                method,
-                httpx.URL(url).copy_merge_params(query) if query else url,
-                headers={**_HEADERS, **(headers or {})},
-                data=form,
-                extensions=extensions,
-            )
-            return self._transports.send(request, _answer)
+
+        def make() -> httpx.Request:
+            whole = httpx.URL(url).copy_merge_params(query) if query else url
+            return httpx.Request(method, whole, headers={**_HEADERS, **(headers or {})}, data=form)
+
+        return self._send(make, _answer, provider_id, [provider_id], timeouts)
 
     def post(
         self, url: str, *, peers: Sequence[str], timeouts: Timeouts, headers: Mapping[str, str], body: bytes
@@ -382,9 +388,44 @@ class Outbound:
 
         Raises what `request` raises, but for ProviderMalformed.
         """
-        with self._sending(peers, timeouts) as extensions:
-            request = httpx.Request("POST", url, headers={**_HEADERS, **headers}, content=body, extensions=extensions)
-            return self._transports.send(request, _receipt)
+
+        def make() -> httpx.Request:
+            return httpx.Request("POST", url, headers={**_HEADERS, **headers}, content=body)
+
+        return self._send(make, _receipt, _CALLBACKS, peers, timeouts)
+
+    def probe(self, url: str, *, peer: str, timeouts: Timeouts) -> Receipt:
+        """Ask for the head of a page alone, which changes nothing at the peer. Raises what `post` raises."""
+
+        def make() -> httpx.Request:
+            return httpx.Request("HEAD", url, headers=_HEADERS)
+
+        return self._send(make, _receipt, peer, [peer], timeouts)
+
+    def _send(
+        self,
+        make: Callable[[], httpx.Request],
+        read: Callable[[httpx.Response], R],
+        name: str,
+        peers: Sequence[str],
+        timeouts: Timeouts,
+    ) -> R:
+        """Make a request, send it and read the answer, and tell how it went; `name` is what the peer is called."""
+        started = time.monotonic()
+        outcome = "failed"
+        try:
+            with self._sending(peers, timeouts) as extensions:
+                request = make()
+                request.extensions.update(extensions)
+                answer = self._transports.send(request, read)
+        except CallError as error:
+            outcome = _outcome(error)
+            raise
+        else:
+            outcome = f"{answer.status // 100}xx"
+            return answer
+        finally:
+            self._observe(name, outcome, time.monotonic() - started)
 
     @contextlib.contextmanager
     def _sending(self, peers: Sequence[str], timeouts: Timeouts) -> Iterator[dict[str, Any]]:
@@ -431,7 +472,8 @@ def _answer(response: httpx.Response) -> Answer:
 
 
 def _receipt(response: httpx.Response) -> Receipt:
-    return Receipt(response.status_code, response.headers.get("retry-after"))
+    headers = response.headers
+    return Receipt(response.status_code, headers.get("retry-after"), headers.get("date"))
 
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
@@ -458,6 +500,13 @@ def _failures() -> Iterator[None]:
         raise NotConnectable(cause=str(error)) from error
     except httpx.TransportError as error:
         raise ProviderUnavailable(cause=_cause(error)) from error
+
+
+def _outcome(error: CallError) -> str:
+    """Why there was no answer, in one word."""
+    if isinstance(error, NotConnectable | ConnectTimeout):
+        return "not_connected"
+    return error.reason.removeprefix("PROVIDER_").lower()
 
 
 def _cause(error: Exception) -> str:

@@ -128,6 +128,15 @@ class LogSection(Section):
     access: bool = True
 
 
+class MetricsSection(Section):
+    """Where Prometheus reads the metrics: GET /metrics."""
+
+    # Whoever reaches it reads it: keep it to this machine, or to a network of your own.
+    host: str = "127.0.0.1"
+    # Unset: nowhere. Each process needs a port of its own.
+    port: Port | None = None
+
+
 class OutboundSection(Section):
     """Requests to providers."""
 
@@ -238,6 +247,7 @@ class Settings(BaseSettings):
     grpc: GrpcSection = GrpcSection()
     gateway: GatewaySection = GatewaySection()
     log: LogSection = LogSection()
+    metrics: MetricsSection = MetricsSection()
     outbound: OutboundSection = OutboundSection()
     refresh: RefreshSection = RefreshSection()
     sessions: SessionsSection = SessionsSection()
@@ -292,6 +302,11 @@ class Settings(BaseSettings):
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         self._check_tls()
+        for name, port in (("grpc", self.grpc.port), ("gateway", self.gateway.port)):
+            if self.metrics.port == port:
+                raise ValueError(
+                    f"[metrics] port (DOORWARD_METRICS_PORT) is that of [{name}], {port}: choose another one"
+                )
         if not self.database_url.startswith(("sqlite:////", "postgresql://")):
             raise ValueError(
                 "[database] url (or DOORWARD_DATABASE_URL) has to be sqlite:/// and an absolute path, "

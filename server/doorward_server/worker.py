@@ -15,6 +15,7 @@ from doorward_server.crypto import CannotOpen
 from doorward_server.errors import CallError, StorageUnavailable
 from doorward_server.jobs import Abandon, Action, Ending, Handler, Jobs, Payload, PutOff
 from doorward_server.logs import Log, describe
+from doorward_server.metrics import Metrics
 from doorward_server.models import Job
 
 # What is called inside a transaction: a handler, or an ending.
@@ -65,6 +66,7 @@ class Worker:
         poll: float,
         threads: int,
         log: Log,
+        metrics: Metrics,
     ) -> None:
         self._jobs = jobs
         self._handlers = handlers
@@ -76,6 +78,7 @@ class Worker:
         self._lease = lease
         self._poll = poll
         self._log = log
+        self._metrics = metrics
         self._stopping = threading.Event()
         self._threads = threads
         self._free = threads
@@ -204,6 +207,7 @@ class Worker:
 
     def _give_up(self, job: Job, reason: str) -> None:
         self._jobs.abandon(job, reason, also=partial(self._tell_abandoned, job))
+        self._metrics.job_ended(job.kind, "abandoned")
         self._log.error("job abandoned", job_id=job.id, kind=job.kind, attempts=job.attempts, reason=reason)
 
     def _tell_abandoned(self, job: Job) -> None:
@@ -215,8 +219,11 @@ class Worker:
     def _tell(self, job: Job, later: PutOff | None) -> None:
         told = {"job_id": job.id, "kind": job.kind, "attempts": job.attempts}
         if later is None:
+            self._metrics.job_ended(job.kind, "done")
             self._log.info("job done", **told)
             return
+        if not later.is_turn:
+            self._metrics.job_ended(job.kind, "put_off")
         tell = self._log.debug if later.is_turn else self._log.warning
         tell("job put off", **told, reason=later.reason, seconds=later.delay.total_seconds())
 

@@ -20,6 +20,7 @@ from doorward_server.database import Database
 from doorward_server.errors import Busy, ProviderTimeout, StorageUnavailable
 from doorward_server.jobs import Abandon, Handler, Jobs, Payload, PutOff, outside
 from doorward_server.logs import make_log
+from doorward_server.metrics import Metrics
 from doorward_server.models import Job
 from doorward_server.worker import RetryPolicy, Worker
 from tests.processes import await_condition, clean_environment
@@ -241,6 +242,7 @@ def make_worker(jobs: Jobs, handlers: dict[str, Handler], threads: int = 1, quic
         poll=0.01,
         threads=threads,
         log=make_log("info"),
+        metrics=Metrics(),
     )
 
 

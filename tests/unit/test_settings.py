@@ -137,6 +137,7 @@ def test_another_settings_file_can_be_tried(tmp_path: Path) -> None:
         pytest.param(FLO + "timeout = 9.9\n", id="longest timeout"),
         pytest.param(FLO + "timeout = 14\n[refresh]\nlease = 15\n", id="longer lease"),
         pytest.param("[grpc]\nport = 65535\n", id="largest port"),
+        pytest.param("[metrics]\nport = 9464\nhost = '::1'\n", id="metrics"),
         pytest.param("public_url = 'https://doorward.example/'\n", id="public URL"),
     ],
 )
@@ -421,6 +422,17 @@ _LONG = "/tmp/" + "x" * 103
             ("[providers.login] timeout (8 s) has to", "[gateway] timeout (8 s)"),
             id="gateway's timeout, lookup",
         ),
+        pytest.param(
+            "[metrics]\nport = 50051\n",
+            ("[metrics] port (DOORWARD_METRICS_PORT) is that of [grpc], 50051", "choose another"),
+            id="metrics on the server's port",
+        ),
+        pytest.param(
+            "[metrics]\nport = 8081\n[gateway]\nport = 8081\n",
+            ("[metrics] port (DOORWARD_METRICS_PORT) is that of [gateway], 8081", "choose another"),
+            id="metrics on the gateway's port",
+        ),
+        pytest.param("[metrics]\nport = 0\n", ("[metrics] port", "greater than or equal to 1"), id="no port"),
         pytest.param(
             FLO + "timeout = 5\n[jobs]\nlease = 4\n",
             ("[providers.flo] timeout (5 s)", "[jobs] lease (4 s)", "lower"),

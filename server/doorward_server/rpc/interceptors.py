@@ -18,6 +18,7 @@ from doorward_server.clients import ApiClients, Client
 from doorward_server.errors import CallError, Cancelled, Internal, MalformedRequest
 from doorward_server.failures import FailureLimit
 from doorward_server.logs import Log, describe
+from doorward_server.metrics import CallMetrics, Metrics
 from doorward_server.rpc.headers import (
     REQUEST_ID,
     RequestMetadata,
@@ -114,6 +115,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         authenticator: Authenticator,
         peers: Peers,
         log: Log,
+        metrics: Metrics,
         *,
         access_log: bool,
         whole_messages: bool = False,
@@ -127,6 +129,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._authenticator = authenticator
         self._peers = peers
         self._log = log
+        self._metrics = metrics
         self._access_log = access_log
         self._whole_messages = whole_messages
         self._wrapped: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
@@ -153,6 +156,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             authenticator=self._authenticator,
             peers=self._peers,
             log=self._log,
+            metrics=self._metrics.calls_of(method),
             access_log=self._access_log,
         )
         if self._whole_messages:
@@ -175,6 +179,7 @@ class _Call:
         authenticator: Authenticator,
         peers: Peers,
         log: Log,
+        metrics: CallMetrics,
         access_log: bool,
     ) -> None:
         self._method = method
@@ -185,6 +190,7 @@ class _Call:
         self._authenticator = authenticator
         self._peers = peers
         self._log = log
+        self._metrics = metrics
         self._access_log = access_log
 
     def with_message(self, request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -197,6 +203,7 @@ class _Call:
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         started = time.perf_counter()
+        self._metrics.begin()
         metadata = read_metadata(context)
         peer = self._peers.of(context)
         request_id = request_id_of(metadata)
@@ -220,8 +227,10 @@ class _Call:
         except Exception as error:  # noqa: BLE001 - the catch-all: no caller sees a traceback
             self._log.error("unexpected", method=self._method, request_id=request_id, **describe(error))
             failure = Internal()
+        seconds = time.perf_counter() - started
+        self._metrics.end(failure.code if failure else "OK", seconds)
         if self._access_log:
-            self._write_line(request_id, caller, failure, started)
+            self._write_line(request_id, caller, failure, seconds)
         # The gateway answers with the id itself.
         trailers: Metadata = () if peer.is_gateway else ((REQUEST_ID, request_id),)
         if failure is not None:
@@ -237,14 +246,14 @@ class _Call:
         except (DecodeError, ValueError):
             raise MalformedRequest from None
 
-    def _write_line(self, request_id: str, caller: Caller | None, failure: CallError | None, started: float) -> None:
+    def _write_line(self, request_id: str, caller: Caller | None, failure: CallError | None, seconds: float) -> None:
         self._log.info(
             "call",
             method=self._method,
             code=failure.code if failure else "OK",
             reason=failure.reason if failure else None,
             cause=failure.cause if failure else None,
-            ms=round((time.perf_counter() - started) * 1000, 3),
+            ms=round(seconds * 1000, 3),
             caller=caller_name(caller) if caller is not None else None,
             request_id=request_id,
         )
