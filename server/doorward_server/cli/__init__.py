@@ -4,6 +4,7 @@ from doorward_server.cli import (
     applications,
     audit,
     clients,
+    connections,
     consents,
     credentials,
     keys,
@@ -17,6 +18,7 @@ from doorward_server.cli.root import cli, run
 __all__ = ["run"]
 
 cli.add_typer(users.cli, name="user")
+cli.add_typer(connections.cli, name="connection")
 cli.add_typer(keys.cli, name="key")
 cli.add_typer(credentials.session_cli, name="session")
 cli.add_typer(clients.cli, name="client")
