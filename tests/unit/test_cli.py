@@ -208,6 +208,8 @@ def test_the_commands() -> None:
         "audit",
         "master-key",
         "work",
+        "backup",
+        "connection",
     }
 
 

@@ -3,11 +3,8 @@
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from doorward_server.audit import Audit, Verdict
-from doorward_server.cli.base import HELP, Before, Json, app_of, print_json, print_list
+from doorward_server.cli.base import HELP, Before, Json, app_of, print_json, print_list, progress
 from doorward_server.errors import OperatorError
 from doorward_server.models import AuditEvent
 
@@ -45,7 +42,8 @@ def verify(
     """Check that no event was altered, inserted, moved or removed; exit code 1 if one was."""
     if head is not None and not _is_hash(head):
         raise OperatorError(f"--head: give the {_HASH_DIGITS} hexadecimal digits that `doorward audit verify` printed")
-    verdict = _verify(app_of(ctx).audit, head)
+    with progress("checking") as tell:
+        verdict = app_of(ctx).audit.verify(head, tell)
     if as_json:
         print_json(
             {
@@ -69,16 +67,6 @@ def verify(
         )
     if not as_json:
         typer.echo(f"{verdict.rows} events in an unbroken chain\nhead: {verdict.head}")
-
-
-def _verify(audit: Audit, head: str | None) -> Verdict:
-    """With a bar on stderr, if that is a terminal that can draw one."""
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    is_dull = not console.is_terminal or console.is_dumb_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_dull) as bar:
-        task = bar.add_task("", total=None)
-        return audit.verify(head, lambda rows, total: bar.update(task, completed=rows, total=total))
 
 
 def _is_hash(text: str) -> bool:

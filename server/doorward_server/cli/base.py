@@ -1,14 +1,16 @@
 """What every command needs: the app, the common options, and how results are shown."""
 
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.prompt import Confirm
 from rich.table import Column, Table
 from rich.text import Text
@@ -77,6 +79,17 @@ def print_rotated(app: App, owner_id: str, what: str, secret: str, overlap: time
         typer.echo(f"id: {owner_id}\n{what}: {secret}")
         ends = f"is valid until {until}" if overlap else "has ended"
         typer.echo(f"the previous {what.replace('_', ' ')} {ends}", err=True)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal that can draw one; it is told how much is done, and of how much."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    is_dull = not console.is_terminal or console.is_dumb_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_dull) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_list(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_json: bool) -> None:

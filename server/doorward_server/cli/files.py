@@ -30,6 +30,16 @@ def create(path: Path, text: str, check: Callable[[Path], object] = lambda _: No
 
     One that exists stays as it is; returns whether it was written.
     """
+
+    def write(draft: Path) -> None:
+        draft.write_text(text)
+        check(draft)
+
+    return create_by(path, write)
+
+
+def create_by(path: Path, write: Callable[[Path], None]) -> bool:
+    """As `create`; `write` fills the file, which is on the disk before it has its name."""
     try:
         # Its name is unlike any other process's, on whatever machine.
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -37,16 +47,26 @@ def create(path: Path, text: str, check: Callable[[Path], object] = lambda _: No
         raise OperatorError(f"cannot write {path}: {error.strerror}. Make its folder, and make it writable") from None
     draft = Path(name)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        check(draft)
+        write(draft)
+        os.fsync(descriptor)
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
+            _sync(path.parent)
             return True
     except OSError as error:
         raise OperatorError(f"cannot write {path}: {error.strerror}") from None
     except OperatorError as error:
         raise OperatorError(str(error).replace(name, str(path))) from None
     finally:
+        os.close(descriptor)
         draft.unlink(missing_ok=True)
     return False
+
+
+def _sync(folder: Path) -> None:
+    """Have a new name of a folder's on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

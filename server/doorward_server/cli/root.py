@@ -1,8 +1,11 @@
 """`doorward` itself: its options, and the commands that are about an installation."""
 
+import contextlib
 import io
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -10,14 +13,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from doorward_server import settings as settings_module
 from doorward_server.app import App, Server, run_worker
-from doorward_server.cli.base import HELP, Json, app_of, print_json
-from doorward_server.cli.files import create, read_text
+from doorward_server.cli.base import HELP, Json, app_of, print_json, progress
+from doorward_server.cli.files import create, create_by, read_text
 from doorward_server.crypto import MasterKey
-from doorward_server.database import open_database
+from doorward_server.database import Database, is_made, open_database
 from doorward_server.errors import DoorwardError, OperatorError
+
+# Of the tables in a backup, those whose rows are told to people.
+_TOLD = ("users", "connections", "api_keys", "audit_events")
 
 cli = typer.Typer(
     help="Doorward connects users to other services, keeps their tokens and keys, and shares what they allow.",
@@ -140,6 +147,34 @@ def migrate(ctx: typer.Context, as_json: Json = False) -> None:
         typer.echo("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
 
 
+@cli.command(epilog="Example: doorward backup /backups/doorward-$(date +%F).db")
+def backup(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file for the copy.", dir_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """Copy the database into a file, while servers go on writing: all of it, as it is at one moment.
+
+    The file appears when it is whole and checked; one that exists is never overwritten. The master key is not in
+    it: keep that in another place. docs/operating.md tells how to restore.
+    """
+    database = _existing_database(settings_module.load(ctx.obj))
+    taken = f"{file} exists already: choose another name, or remove it"
+    if os.path.lexists(file):
+        raise OperatorError(taken)
+    rows: dict[str, int] = {}
+    with _interrupted_by_sigterm(), progress("copying") as tell:
+        is_new = create_by(file, lambda draft: rows.update(database.copy_to(draft, tell)))
+    if not is_new:
+        raise OperatorError(taken)
+    size = file.stat().st_size
+    if as_json:
+        print_json({"file": str(file.absolute()), "bytes": size, "rows": rows})
+    else:
+        counts = ", ".join(f"{rows.get(table, 0)} {table.replace('_', ' ')}" for table in _TOLD)
+        typer.echo(f"wrote {file}: {decimal(size)}, {counts}")
+
+
 def _starter_settings(source: Path | None) -> str:
     if source is None:
         return (files("doorward_server") / "starter.toml").read_text()
@@ -151,3 +186,20 @@ def _end_at_once() -> None:
     # off here is cut off as by SIGKILL, which costs nothing that was answered.
     sys.stdout.flush()
     os._exit(0)
+
+
+def _existing_database(settings: settings_module.Settings) -> Database:
+    """The database, with whatever schema it has: a backup may be made to be able to go back to that."""
+    if not is_made(settings.database_url):
+        raise OperatorError("there is no database yet, so there is nothing to copy: `doorward serve` makes it")
+    return open_database(settings.database_url, settings.database.busy_timeout)
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that nothing half is left."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

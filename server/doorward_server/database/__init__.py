@@ -10,7 +10,7 @@ from doorward_server.database.base import Change, Database, storage_failures
 from doorward_server.database.postgresql import PostgresqlDatabase
 from doorward_server.database.sqlite import SqliteDatabase
 
-__all__ = ["Change", "Database", "PostgresqlDatabase", "SqliteDatabase", "open_database", "storage_failures"]
+__all__ = ["Change", "Database", "PostgresqlDatabase", "SqliteDatabase", "is_made", "open_database", "storage_failures"]
 
 
 def open_database(url: str, busy_timeout: float, connections: int = 16) -> Database:
@@ -18,3 +18,8 @@ def open_database(url: str, busy_timeout: float, connections: int = 16) -> Datab
     if url.startswith("postgresql://"):
         return PostgresqlDatabase(url, busy_timeout, connections)
     return SqliteDatabase.prepared(url, busy_timeout)
+
+
+def is_made(url: str) -> bool:
+    """False: opening the database at a URL would make a new file."""
+    return url.startswith("postgresql://") or SqliteDatabase.path_of(url).exists()

@@ -233,9 +233,23 @@ class Database(ABC):
         try:
             yield
         except (StorageUnavailable, peewee.DatabaseError, peewee.InterfaceError, self.driver_error) as failure:
-            reason = " ".join(str(_root(failure)).split())
-            mend = next((f". Mend: {advice}" for symptom, advice in self.advice if symptom in reason), "")
-            raise OperatorError(f"cannot use the database {self.place}: {reason}{mend}") from None
+            raise OperatorError(f"cannot use the database {self.place}: {self.explain(failure)}") from None
+
+    def explain(self, failure: BaseException) -> str:
+        """What went wrong first, on one line, and what the operator can do about it."""
+        reason = " ".join(str(_root(failure)).split())
+        mend = next((f". Mend: {advice}" for symptom, advice in self.advice if symptom in reason), "")
+        return reason + mend
+
+    # For operators
+
+    @abstractmethod
+    def copy_to(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, int]:
+        """Copy all, as it is at one moment, into a file, while others write; returns how many rows each table has.
+
+        `progress` is told how many pages are copied, and of how many. The copy is checked, and needs no file beside it.
+        Raises OperatorError.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 from psycopg.conninfo import conninfo_to_dict
 
 from doorward_server.database.base import Database, Row, storage_failures
+from doorward_server.errors import OperatorError
 
 # Whoever writes holds this advisory lock until the end of its transaction. (The number is "doorward", in ASCII.)
 WRITERS_LOCK = int.from_bytes(b"doorward")
@@ -117,6 +119,9 @@ class PostgresqlDatabase(Database):
 
     def _connect_alone(self) -> psycopg.Connection:
         return psycopg.connect(self.url, autocommit=True, **_options(self.url, self._busy_timeout))
+
+    def copy_to(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, int]:  # noqa: ARG002
+        raise OperatorError("this database is PostgreSQL's: make a backup of it by `pg_dump --format custom`")
 
     def close(self) -> None:
         self._engine.release()

@@ -7,7 +7,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from doorward_server.errors import OperatorError, StorageUnavailable
 
 # Pages in KiB that each connection may cache: the operating system caches the file once for all.
 _CACHE_KIB = 512
+# Pages: between two such steps of a copy, its progress is told, and Ctrl-C counts.
+_COPIED_AT_ONCE = 1000
 
 
 class SqliteDatabase(Database):
@@ -53,6 +55,11 @@ class SqliteDatabase(Database):
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
+    @staticmethod
+    def path_of(url: str) -> Path:
+        """The file at `sqlite:///path`."""
+        return Path(url.removeprefix("sqlite:///"))
+
     @classmethod
     def prepared(cls, url: str, busy_timeout: float) -> SqliteDatabase:
         """The file at `sqlite:///path`, in WAL. Raises OperatorError while it is being moved."""
@@ -65,7 +72,7 @@ class SqliteDatabase(Database):
 
     @classmethod
     def _locked(cls, url: str, busy_timeout: float, lock: int, else_: str) -> SqliteDatabase:
-        database = cls(Path(url.removeprefix("sqlite:///")), busy_timeout)
+        database = cls(cls.path_of(url), busy_timeout)
         database.prepare()
         # A file of its own: SQLite loses its locks when a process closes the database's file. It stays open
         # until `close`, or the end of the process.
@@ -113,6 +120,32 @@ class SqliteDatabase(Database):
             os.close(self._users)
             self._users = None
 
+    def copy_to(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, int]:
+        try:
+            with (
+                contextlib.closing(self._open_reader()) as source,
+                contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy,
+            ):
+                # In one transaction: else every change by another connection would start the copy anew.
+                source.execute("BEGIN")
+                source.execute("SELECT 1 FROM sqlite_master").fetchone()
+                copy.execute("PRAGMA journal_mode = off")  # nobody goes on with half a copy
+                source.backup(
+                    copy, pages=_COPIED_AT_ONCE, progress=lambda _, left, total: progress(total - left, total)
+                )
+                copy.execute("PRAGMA journal_mode = delete")
+                # Without a callback now and then, Ctrl-C would wait for the end.
+                copy.set_progress_handler(lambda: 0, 1_000_000)
+                (verdict,) = copy.execute("PRAGMA integrity_check(1)").fetchone()
+                if verdict != "ok":
+                    told = " ".join(verdict.split())
+                    raise OperatorError(
+                        f"the database {self.place} is damaged ({told}): look after the disk, and restore a backup"
+                    )
+                return _count_rows(copy)
+        except sqlite3.Error as error:
+            raise OperatorError(f"cannot copy the database {self.place} to {path}: {self.explain(error)}") from None
+
     def prepare(self) -> None:
         """Switch the file to WAL, which it then stays in. SQLite does not wait for other processes to do that."""
         deadline = time.monotonic() + self._busy_timeout
@@ -126,6 +159,15 @@ class SqliteDatabase(Database):
                     time.sleep(0.01)
                 else:
                     return
+
+
+def _count_rows(connection: sqlite3.Connection) -> dict[str, int]:
+    """How many rows each table has."""
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+    return {
+        table: connection.execute(f'SELECT count(*) FROM "{table}"').fetchone()[0]  # noqa: S608 - our own names
+        for (table,) in tables.fetchall()
+    }
 
 
 @cache
