@@ -209,6 +209,7 @@ def test_the_commands() -> None:
         "master-key",
         "work",
         "backup",
+        "doctor",
         "connection",
     }
 

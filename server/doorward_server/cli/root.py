@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -17,10 +17,11 @@ from rich.filesize import decimal
 
 from doorward_server import settings as settings_module
 from doorward_server.app import App, Server, run_worker
-from doorward_server.cli.base import HELP, Json, app_of, print_json, progress
+from doorward_server.cli.base import HELP, Json, app_of, print_json, print_list, progress
 from doorward_server.cli.files import create, create_by, read_text
 from doorward_server.crypto import MasterKey
 from doorward_server.database import Database, is_made, open_database
+from doorward_server.doctor import Finding, Verdict, examine
 from doorward_server.errors import DoorwardError, OperatorError
 
 # Of the tables in a backup, those whose rows are told to people.
@@ -147,6 +148,23 @@ def migrate(ctx: typer.Context, as_json: Json = False) -> None:
         typer.echo("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
 
 
+@cli.command(epilog="Example: doorward doctor")
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+    """Look at everything: settings, key, database, what waits, providers, server and gateway. Changes nothing.
+
+    What is not in order is told together with what to do about it. Exit code 1 if there is a problem; warnings are
+    none. Providers are asked for the heads of their pages, by the rules for all requests ([outbound]).
+    """
+    findings = list(examine(ctx.obj))
+    if as_json:
+        print_json({"problems": _count(findings, Verdict.PROBLEM), "findings": [one._asdict() for one in findings]})
+    else:
+        rows = [{**one._asdict(), "finding": one.told + (f": {one.mend}" if one.mend else "")} for one in findings]
+        print_list(rows, ("verdict", "check", "finding"), as_json=False)
+    if _count(findings, Verdict.PROBLEM):
+        raise typer.Exit(1)
+
+
 @cli.command(epilog="Example: doorward backup /backups/doorward-$(date +%F).db")
 def backup(
     ctx: typer.Context,
@@ -173,6 +191,10 @@ def backup(
     else:
         counts = ", ".join(f"{rows.get(table, 0)} {table.replace('_', ' ')}" for table in _TOLD)
         typer.echo(f"wrote {file}: {decimal(size)}, {counts}")
+
+
+def _count(findings: Sequence[Finding], verdict: Verdict) -> int:
+    return sum(one.verdict is verdict for one in findings)
 
 
 def _starter_settings(source: Path | None) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -242,6 +243,19 @@ class Database(ABC):
         return reason + mend
 
     # For operators
+
+    @property
+    def files(self) -> list[Path]:
+        """What it consists of at the moment, the database itself first; nothing of a server's."""
+        return []
+
+    def find_damage(self) -> list[str]:
+        """What is wrong with the files, as far as one reading of them tells; a server sees to its own."""
+        return []
+
+    def now(self) -> datetime | None:
+        """A server's time; None where it is this machine's."""
+        return None
 
     @abstractmethod
     def copy_to(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, int]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,6 +120,10 @@ class PostgresqlDatabase(Database):
 
     def _connect_alone(self) -> psycopg.Connection:
         return psycopg.connect(self.url, autocommit=True, **_options(self.url, self._busy_timeout))
+
+    def now(self) -> datetime | None:
+        row = self.fetch_one("SELECT clock_timestamp()", ())
+        return row[0] if row else None
 
     def copy_to(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, int]:  # noqa: ARG002
         raise OperatorError("this database is PostgreSQL's: make a backup of it by `pg_dump --format custom`")

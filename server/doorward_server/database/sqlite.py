@@ -36,6 +36,7 @@ class SqliteDatabase(Database):
         ("unable to open", "make its folder (`doorward init` makes the home), or set DOORWARD_DATABASE_URL"),
         ("full", "free some disk space"),
         ("disk I/O", "free some disk space, or look after the disk"),
+        ("malformed", "it is damaged: look after the disk, and restore a backup"),
         ("not a database", "it is another program's file or damaged: restore a backup, or set DOORWARD_DATABASE_URL"),
         ("locked", "another program holds it: stop that one first"),
     )
@@ -119,6 +120,16 @@ class SqliteDatabase(Database):
         if self._users is not None:
             os.close(self._users)
             self._users = None
+
+    @property
+    def files(self) -> list[Path]:
+        names = (self.path.name + suffix for suffix in ("", "-wal", "-shm"))
+        return [path for name in names if (path := self.path.with_name(name)).exists()]
+
+    def find_damage(self) -> list[str]:
+        with self.operators_view(), contextlib.closing(self._open_reader()) as reader:
+            found = [" ".join(row[0].split()) for row in reader.execute("PRAGMA quick_check(5)")]
+        return [] if found == ["ok"] else found
 
     def copy_to(self, path: Path, progress: Callable[[int, int], None]) -> dict[str, int]:
         try:
