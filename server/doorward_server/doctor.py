@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from doorward_server import settings as settings_module
 from doorward_server.app import App
 from doorward_server.clock import Clock
-from doorward_server.database import Database, open_database
+from doorward_server.database import Database, is_made, open_database
 from doorward_server.delivery import Status as DeliveryStatus
 from doorward_server.errors import CallError, OperatorError, StorageUnavailable
 from doorward_server.outbound import Bulkhead, Outbound, Timeouts
@@ -94,7 +94,7 @@ class _Doctor:
         yield from _run("settings", self._settings)
         yield from (key := _run("master key", self._key))
         yield from (database := _run("database", self._database))
-        is_open = _are_well(key) and _are_well(database) and Database.is_at(self.app.settings.database_url)
+        is_open = _are_well(key) and _are_well(database) and is_made(self.app.settings.database_url)
         if is_open:
             for check, run in (
                 ("sealed values", self._sealed),
@@ -125,7 +125,7 @@ class _Doctor:
 
     def _database(self) -> Iterator[Finding]:
         settings = self.app.settings
-        if not Database.is_at(settings.database_url):
+        if not is_made(settings.database_url):
             yield Finding("database", Verdict.WARNING, "there is no database yet", "`doorward serve` makes it")
             return
         database = open_database(settings.database_url, settings.database.busy_timeout)
@@ -142,11 +142,11 @@ class _Doctor:
             yield Finding("database", Verdict.PROBLEM, told, "run `doorward migrate`")
         with database.writing():  # waits for whoever writes, and fails where nobody may
             pass
-        yield Finding("database", Verdict.OK, f"{database.path} can be read and written")
-        for path in sorted(database.path.parent.glob(f"{database.path.name}*")):
+        yield Finding("database", Verdict.OK, "it can be read and written")
+        for path in database.files:
             if _is_open_to_others(path):
                 yield _judge_mode("database", path, "600")
-        yield _judge_disk(database.path.parent)
+        yield from (_judge_disk(path.parent) for path in database.files[:1])
 
     def _sealed(self) -> Iterator[Finding]:
         self.app.master_keys.check(self.app.master_keys.status())
@@ -210,6 +210,7 @@ class _Doctor:
 
     def _all_providers(self) -> Iterator[Finding]:
         yield from self._judge_providers(self.app.providers.list())
+        self.app.check_providers()
 
     def _configured_providers(self) -> Iterator[Finding]:
         yield from self._judge_providers(self.app.settings.providers.values())
