@@ -139,7 +139,8 @@ def served(registry: CollectorRegistry, host: str, port: int | None) -> Iterator
         server = kind((host, port), handler)
     except OSError as error:
         raise OperatorError(
-            f"cannot listen on {host}:{port} for metrics: {error.strerror}. Stop its owner or set DOORWARD_METRICS_PORT"
+            f"cannot listen on {host}:{port} for metrics: {error.strerror}. Stop its owner, or mend [metrics] host or "
+            "port (DOORWARD_METRICS_PORT)"
         ) from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     try:

@@ -72,7 +72,7 @@ def test_who_talks_nonsense_keeps_nobody_from_scraping(
 
 
 def test_an_address_in_use_is_an_error_of_the_operator(port: int) -> None:
-    with pytest.raises(OperatorError, match=f"cannot listen on 127.0.0.1:{port} .* DOORWARD_METRICS_PORT"):
+    with pytest.raises(OperatorError, match=f"cannot listen on 127.0.0.1:{port} .*DOORWARD_METRICS_PORT"):
         served(Metrics().registry, "127.0.0.1", port).__enter__()
 
 
