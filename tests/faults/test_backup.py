@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import random
 import signal
 import sqlite3
@@ -256,13 +257,31 @@ def test_an_older_schema_is_copied_as_it_is(here: Here, home: Path, tmp_path: Pa
     assert made["rows"]["schema_migration"] == 3
 
 
-def test_a_bar_is_drawn_on_a_terminal_only(home: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [BIN / "doorward", "backup", str(tmp_path / "copy.db"), "--json"],
-        env=clean_environment({"DOORWARD_HOME": str(home)}),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
+@pytest.mark.parametrize(
+    ("terminal", "is_drawn"),
+    [
+        pytest.param("xterm", True, id="a terminal"),
+        pytest.param("dumb", False, id="a dumb one"),
+        pytest.param(None, False, id="none"),
+    ],
+)
+def test_a_bar_at_a_terminal(home: Path, tmp_path: Path, terminal: str | None, is_drawn: bool) -> None:
+    master, slave = pty.openpty()
+    try:
+        done = subprocess.run(
+            [BIN / "doorward", "backup", str(tmp_path / "copy.db"), "--json"],
+            env=clean_environment({"DOORWARD_HOME": str(home), "TERM": terminal or "xterm", "COLUMNS": "80"}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=slave if terminal else subprocess.STDOUT,
+            timeout=60,
+            check=True,
+        )
+        os.write(slave, b"\n")  # so that there is something to read
+        shown = os.read(master, 65536).decode()
+    finally:
+        os.close(master)
+        os.close(slave)
     assert json.loads(done.stdout)["file"] == str(tmp_path / "copy.db")
+    assert ("copying" in shown) == is_drawn
+    assert is_drawn or not shown.strip()

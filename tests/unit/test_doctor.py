@@ -207,6 +207,12 @@ def test_what_is_broken_is_told(here: Here, home: Path, spoil: Spoil, check: str
         report.assert_finds("gateway", Verdict.WARNING)
 
 
+def test_a_schema_is_not_brought_up_to_date(here: Here, home: Path) -> None:
+    _forget_migration(home)
+    ask(here, home)
+    assert ask(here, home).of(Verdict.PROBLEM), "the doctor changes nothing"
+
+
 def test_everything_broken_at_once(here: Here, home: Path) -> None:
     (home / "master.key").unlink()
     (home / "doorward.db").write_bytes(b"garbage" * 999)
