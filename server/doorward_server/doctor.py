@@ -147,6 +147,8 @@ class _Doctor:
             if _is_open_to_others(path):
                 yield _judge_mode("database", path, "600")
         yield from (_judge_disk(path.parent) for path in database.files[:1])
+        if (now := database.now()) is not None:
+            yield _judge_clock(self.app.clock.now() - now, "the database's")
 
     def _sealed(self) -> Iterator[Finding]:
         self.app.master_keys.check(self.app.master_keys.status())
@@ -224,7 +226,8 @@ class _Doctor:
             answers = list(pool.map(lambda target: self._probe(*target), targets))
         yield from (answer.finding for answer in answers)
         if skews := [answer.skew for answer in answers if answer.skew is not None]:
-            yield _judge_clock(skews)
+            # By the one that agrees best: a provider's clock may be wrong, too.
+            yield _judge_clock(min(skews, key=abs), "the providers'")
 
     def _probe(self, provider: Provider, name: str, url: str) -> _Answer:
         check, where = f"provider {provider.id}", f"its {name} at {urlsplit(url).hostname}"
@@ -342,14 +345,13 @@ def _skew(date: str | None, now: datetime) -> timedelta | None:
     return None
 
 
-def _judge_clock(skews: list[timedelta]) -> Finding:
-    """By the one that agrees best: a provider's clock may be wrong, too."""
-    skew = min(skews, key=abs)
+def _judge_clock(skew: timedelta, whose: str) -> Finding:
+    """By how far this machine's clock is ahead of another one."""
     if abs(skew) <= _SKEWED:
-        return Finding("clock", Verdict.OK, "it agrees with a provider's")
+        return Finding("clock", Verdict.OK, f"it agrees with {whose}")
     way = "ahead of" if skew > timedelta() else "behind"
     verdict = Verdict.WARNING if abs(skew) <= _WRONG else Verdict.PROBLEM
-    told = f"it is {_duration(abs(skew))} {way} every provider's"
+    told = f"it is {_duration(abs(skew))} {way} {whose}"
     return Finding("clock", verdict, told, "have it set over the network (NTP)")
 
 

@@ -161,6 +161,7 @@ def test_no_label_tells_of_a_user(monitored: Monitored) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.sqlite
 def test_a_scrape_does_not_fail_because_the_database_is_away(
     tmp_path: Path, logs: Path, provider: SandboxProvider, secrets: set[str]
 ) -> None:

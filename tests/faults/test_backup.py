@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from doorward_server.crypto import MasterKey
+from tests.engines import Engines
 from tests.processes import BIN, Process, await_condition, clean_environment, running
 from tests.sandbox.client import SandboxProvider
 from tests.stack import Person, Stack, make_stack
@@ -80,6 +81,7 @@ def restored(backup: Path, stack: Stack, home: Path, logs: Path, secrets: set[st
     return Stack(home, logs, stack.provider, secrets, _people=100)
 
 
+@pytest.mark.sqlite
 def test_what_was_answered_before_a_backup_is_in_it(
     tmp_path: Path, logs: Path, provider: SandboxProvider, secrets: set[str]
 ) -> None:
@@ -121,6 +123,7 @@ def assert_as_before(stack: Stack, person: Person, token: str) -> None:
     assert stack.app.sessions.find(person.cookie) is not None
 
 
+@pytest.mark.sqlite
 def test_a_restore_needs_the_key(here: Here, home: Path, tmp_path: Path) -> None:
     with opened(home) as app:
         app.record_key()
@@ -133,6 +136,7 @@ def test_a_restore_needs_the_key(here: Here, home: Path, tmp_path: Path) -> None
     assert_tells(done, "sealed with the master key", "restore that key from a backup")
 
 
+@pytest.mark.sqlite
 def test_the_file_is_the_owners_and_whole_by_itself(here: Here, home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.mkdir()
@@ -150,6 +154,7 @@ def test_the_file_is_the_owners_and_whole_by_itself(here: Here, home: Path, tmp_
     folder.chmod(0o700)
 
 
+@pytest.mark.sqlite
 def test_the_master_key_is_not_in_it(here: Here, home: Path, tmp_path: Path) -> None:
     key = (home / "master.key").read_text().strip().rpartition(":")[2]
     with opened(home) as app:
@@ -158,6 +163,7 @@ def test_the_master_key_is_not_in_it(here: Here, home: Path, tmp_path: Path) -> 
     assert key.encode() not in (tmp_path / "copy.db").read_bytes()
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("there", ["a file", "a link to nowhere"])
 def test_what_exists_is_not_overwritten(here: Here, home: Path, tmp_path: Path, there: str) -> None:
     file = tmp_path / "copy.db"
@@ -170,6 +176,7 @@ def test_what_exists_is_not_overwritten(here: Here, home: Path, tmp_path: Path, 
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.sqlite
 def test_a_name_that_is_taken_meanwhile_stays_as_it_is(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "copies" / "copy.db"
     file.parent.mkdir()
@@ -182,6 +189,7 @@ def test_a_name_that_is_taken_meanwhile_stays_as_it_is(home: Path, tmp_path: Pat
     assert file.read_text() == "precious"
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_nothing_half_is_left(home: Path, tmp_path: Path, number: signal.Signals) -> None:
     file = tmp_path / "copies" / "copy.db"
@@ -207,6 +215,7 @@ def copying(home: Path, file: Path, log: Path) -> Iterator[Process]:
             process.signal(signal.SIGCONT)
 
 
+@pytest.mark.sqlite
 def test_a_full_disk_is_told(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copies"
     folder.mkdir()
@@ -216,6 +225,7 @@ def test_a_full_disk_is_told(home: Path, tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
@@ -243,10 +253,12 @@ def test_what_cannot_be_copied_is_told(
     assert spoil != "none" or not database.exists()
 
 
+@pytest.mark.sqlite
 def test_a_folder_that_is_missing_is_told(here: Here, home: Path, tmp_path: Path) -> None:
     assert_tells(here(home, "backup", str(tmp_path / "no" / "copy.db")), "No such file or directory", "Make its folder")
 
 
+@pytest.mark.sqlite
 def test_an_older_schema_is_copied_as_it_is(here: Here, home: Path, tmp_path: Path) -> None:
     """So that one may go back to the version before."""
     with contextlib.closing(sqlite3.connect(home / "doorward.db")) as database:
@@ -257,6 +269,7 @@ def test_an_older_schema_is_copied_as_it_is(here: Here, home: Path, tmp_path: Pa
     assert made["rows"]["schema_migration"] == 3
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("terminal", "is_drawn"),
     [
@@ -285,3 +298,10 @@ def test_a_bar_at_a_terminal(home: Path, tmp_path: Path, terminal: str | None, i
     assert json.loads(done.stdout)["file"] == str(tmp_path / "copy.db")
     assert ("copying" in shown) == is_drawn
     assert is_drawn or not shown.strip()
+
+
+def test_a_server_has_a_program_of_its_own_for_that(here: Here, home: Path, tmp_path: Path, engines: Engines) -> None:
+    url = {"DOORWARD_DATABASE_URL": engines.server.new_database()}
+    file = tmp_path / "copy.db"
+    assert_tells(here(home, "backup", str(file), environment=url), "PostgreSQL", "pg_dump")
+    assert not file.exists()

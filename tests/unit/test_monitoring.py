@@ -89,12 +89,14 @@ def test_connections_are_counted_once_a_minute(app: App, state: StateCollector) 
     assert read(state)["connections", "flo", "connected"] == 1
 
 
+@pytest.mark.sqlite
 def test_a_damaged_database_is_told_and_nothing_else(state: StateCollector, home: Path) -> None:
     for path in home.glob("doorward.db*"):
         path.write_bytes(b"garbage" * 999)
     assert read(state) == {("database_up",): 0}
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "sql",
     [
