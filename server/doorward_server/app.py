@@ -337,15 +337,19 @@ class App:
             whole_messages=whole_messages,
         )
 
-    @cached_property
-    def tls(self) -> ServerTls | None:
-        """What the TCP port speaks TLS with, if it does."""
+    def read_tls(self) -> ServerTls | None:
+        """What the TCP port is to speak TLS with, if it is."""
         section, beside = self.settings.grpc, self.settings.beside
         if section.tls_cert_file is None or section.tls_key_file is None:
             return None
         client_ca_file = beside(section.client_ca_file) if section.client_ca_file else None
-        tls = read_tls(beside(section.tls_cert_file), beside(section.tls_key_file), client_ca_file)
-        for pem in filter(None, (tls.certificate, tls.clients)):
+        return read_tls(beside(section.tls_cert_file), beside(section.tls_key_file), client_ca_file)
+
+    @cached_property
+    def tls(self) -> ServerTls | None:
+        """What the TCP port speaks TLS with, if it does."""
+        tls = self.read_tls()
+        for pem in filter(None, (tls.certificate, tls.clients) if tls else ()):
             if pem.expires_at <= self.clock.now():
                 self.log.warning("certificate has expired", file=str(pem.path), expired_at=pem.expires_at.isoformat())
         return tls

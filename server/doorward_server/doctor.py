@@ -92,6 +92,7 @@ class _Doctor:
 
     def examine(self) -> Iterator[Finding]:
         yield from _run("settings", self._settings)
+        yield from _run("certificates", self._certificates)
         yield from (key := _run("master key", self._key))
         yield from (database := _run("database", self._database))
         is_open = _are_well(key) and _are_well(database) and is_made(self.app.settings.database_url)
@@ -107,6 +108,8 @@ class _Doctor:
         yield from _run("providers", self._all_providers if is_open else self._configured_providers)
         yield from _run("server", self._server)
         yield from _run("gateway", self._gateway)
+        if is_open:
+            self.app.database.close()
 
     # What is on this machine
 
@@ -117,6 +120,19 @@ class _Doctor:
         yield Finding("settings", Verdict.OK, f"{self.config} is valid")
         if "secret" in self.config.read_text():
             yield _judge_mode("settings", self.config, "600")
+
+    def _certificates(self) -> Iterator[Finding]:
+        tls, now = self.app.read_tls(), self.app.clock.now()
+        for pem in filter(None, (tls.certificate, tls.clients) if tls else ()):
+            left = pem.expires_at - now
+            if left <= timedelta():
+                mend = "put a new one in its place, and restart"
+                yield Finding("certificates", Verdict.PROBLEM, f"{pem.path} has expired", mend)
+            elif left <= _EXPIRES_SOON:
+                mend = "put a new one in its place by then"
+                yield Finding("certificates", Verdict.WARNING, f"{pem.path} ends in {_duration(left)}", mend)
+            else:
+                yield Finding("certificates", Verdict.OK, f"{pem.path} is valid for {_duration(left)}")
 
     def _key(self) -> Iterator[Finding]:
         first, *others = self.app.keys.ids
@@ -254,8 +270,10 @@ class _Doctor:
                 yield Finding("server", Verdict.OK, f"one answers on {path}")
 
     def _gateway(self) -> Iterator[Finding]:
-        port = self.app.settings.gateway.port
-        address = f"127.0.0.1:{port}"
+        address = f"127.0.0.1:{self.app.settings.gateway.port}"
+        if self.app.settings.gateway.tls_cert_file is not None:  # whose name is not that of this address
+            yield Finding("gateway", Verdict.OK, "it speaks TLS, and is not looked at: `GET /healthz` at its own name")
+            return
         bulkhead = Bulkhead(threads=2, outbound=1, per_provider=1, waiting=1)
         outbound = Outbound(allow=[address], ca_file=None, bulkhead=bulkhead, concurrency=1)
         try:

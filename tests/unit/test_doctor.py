@@ -6,11 +6,12 @@ import os
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from doorward_server.clock import Clock
 from doorward_server.consents import Question
@@ -81,7 +82,7 @@ def test_a_whole_stack_in_order(stack: Stack) -> None:
     assert report.of(Verdict.PROBLEM) == []
     checks = {one["check"] for one in report.of(Verdict.OK)}
     assert checks >= {
-        *("home", "settings", "master key", "database", "disk", "sealed values", "jobs", "deliveries"),
+        *("home", "settings", "master key", "database", "sealed values", "jobs", "deliveries"),
         *("requests", "service tokens", "provider flo", "provider sandbox", "clock", "server", "gateway"),
     }
     report.assert_finds("provider flo", Verdict.OK, "its token URL at 127.0.0.1 answers in", "ms")
@@ -346,6 +347,24 @@ def test_connections_that_cannot_be_opened(here: Here, served: Path) -> None:
 
 
 # What is elsewhere
+
+
+@pytest.mark.parametrize(
+    ("life", "verdict", "told"),
+    [
+        pytest.param(timedelta(days=-1), Verdict.PROBLEM, "has expired", id="expired"),
+        pytest.param(timedelta(days=3), Verdict.WARNING, "ends in 2 days", id="soon"),
+        pytest.param(timedelta(days=90), Verdict.OK, "is valid for 89 days", id="later"),
+    ],
+)
+def test_certificates(here: Here, home: Path, life: timedelta, verdict: Verdict, told: str) -> None:
+    ends = datetime.now(UTC) + life
+    made = trustme.CA().issue_cert("doorward.example", not_before=ends - timedelta(days=365), not_after=ends)
+    made.cert_chain_pems[0].write_to_path(home / "cert.pem")
+    made.private_key_pem.write_to_path(home / "key.pem")
+    with (home / "doorward.toml").open("a") as settings:
+        settings.write("[grpc]\ntls_cert_file = 'cert.pem'\ntls_key_file = 'key.pem'\n")
+    ask(here, home).assert_finds("certificates", verdict, f"{home / 'cert.pem'} {told}")
 
 
 @pytest.mark.parametrize("with_database", [True, False], ids=["with a database", "without one"])
