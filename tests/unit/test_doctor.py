@@ -353,8 +353,8 @@ def test_connections_that_cannot_be_opened(here: Here, served: Path) -> None:
     ("life", "verdict", "told"),
     [
         pytest.param(timedelta(days=-1), Verdict.PROBLEM, "has expired", id="expired"),
-        pytest.param(timedelta(days=3), Verdict.WARNING, "ends in 2 days", id="soon"),
-        pytest.param(timedelta(days=90), Verdict.OK, "is valid for 89 days", id="later"),
+        pytest.param(timedelta(days=3, hours=12), Verdict.WARNING, "ends in 3 days", id="soon"),
+        pytest.param(timedelta(days=90, hours=12), Verdict.OK, "is valid for 90 days", id="later"),
     ],
 )
 def test_certificates(here: Here, home: Path, life: timedelta, verdict: Verdict, told: str) -> None:
