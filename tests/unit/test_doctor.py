@@ -15,7 +15,7 @@ import trustme
 
 from doorward_server.clock import Clock
 from doorward_server.consents import Question
-from doorward_server.crypto import MasterKey
+from doorward_server.crypto import MasterKey, Place
 from doorward_server.doctor import Verdict, examine
 from doorward_server.models import Connection, Job, to_micros
 from tests.engines import Engines, held
@@ -173,7 +173,9 @@ def _come_from_the_future(home: Path) -> None:
 
 
 def _change_key(home: Path) -> None:
-    serve_once(home)
+    with opened(home) as app:
+        app.record_key()
+        app.applications.create("Bot", ["https://bot.example/callback"], "form")
     write_key(home, MasterKey.generate())
 
 
@@ -190,7 +192,7 @@ def _change_key(home: Path) -> None:
         pytest.param(
             lambda home: (home / "master.key").chmod(0o644), "master key", ("chmod 600",), id="a key that others read"
         ),
-        pytest.param(_change_key, "sealed values", ("which is not at hand", "restore that key"), id="another key"),
+        pytest.param(_change_key, "sealed values", ("not at hand", "restore"), id="another key"),
         pytest.param(
             _replace_database(b"garbage" * 999), "database", ("not a database", "restore a backup"), id="no database"
         ),
@@ -337,7 +339,7 @@ def test_connections_that_cannot_be_opened(here: Here, served: Path) -> None:
             Connection.create(
                 user=user.id,
                 provider="flo",
-                access_token=b"damaged",
+                access_token=app.keys.seal("a token of another place", Place("connections", 0, "access_token")),
                 obtained_at=now,
                 needs_reauth=False,
                 lease_epoch=0,
