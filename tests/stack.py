@@ -22,7 +22,8 @@ from tests.sandbox.client import SandboxProvider
 from tests.sandbox.provider import NAME as PROVIDER
 from tests.sandbox.serving import started
 
-# Short, so that tests of faults are quick; a provider's timeout has to be shorter than a lease.
+# Short, so that tests of faults are quick; a provider's timeout has to be shorter than a lease. Most tests count
+# refreshes, so none is made unasked, unless DOORWARD_REFRESH_AHEAD says so.
 TIMEOUT = 0.8
 LEASE = 1.0
 
@@ -31,6 +32,7 @@ _SETTINGS = """\
 allow = ["{address}"]
 [refresh]
 lease = {lease}
+ahead = 0
 [jobs]
 schedule = [0.1, 0.1, 0.1]
 poll = 0.05

@@ -5,7 +5,8 @@ import gc
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,27 +26,29 @@ from doorward_server.accounts import Accounts
 from doorward_server.api_keys import ApiKeys
 from doorward_server.applications import Applications
 from doorward_server.audit import AccessReads, Audit
+from doorward_server.breaker import BreakerPolicy, Breakers
 from doorward_server.clients import ApiClients
 from doorward_server.clock import Clock
-from doorward_server.consents import DEADLINE, Consents, Limits
+from doorward_server.consents import DEADLINE, Consents, Limits, old_requests
 from doorward_server.crypto import KeyRing
 from doorward_server.database import Database, open_database
 from doorward_server.database.transfer import refuse_moved
-from doorward_server.delivery import DELIVERY, STRANGERS, Deliveries, Schedule
+from doorward_server.delivery import DELIVERY, STRANGERS, Deliveries, Schedule, old_deliveries
 from doorward_server.discord_users import DiscordUsers
 from doorward_server.errors import OperatorError
 from doorward_server.failures import FailureLimit
 from doorward_server.identities import Identities
-from doorward_server.integrations import REVOCATION, Integrations
-from doorward_server.jobs import Jobs, outside
+from doorward_server.integrations import OLD_CLAIMS, REVOCATION, Ahead, Integrations
+from doorward_server.jobs import Jobs, abandoned_jobs, outside
 from doorward_server.key_validators import KeyValidators
-from doorward_server.logs import Log, describe, make_log
+from doorward_server.logs import Log, make_log
 from doorward_server.master_keys import KeyFile, MasterKeys
 from doorward_server.metrics import Metrics
 from doorward_server.monitoring import StateCollector
 from doorward_server.oauth import OAuth
 from doorward_server.outbound import Bulkhead, Outbound, Timeouts
 from doorward_server.provider_registry import ProviderRegistry
+from doorward_server.refresher import Refresher
 from doorward_server.rpc.headers import SetCookie
 from doorward_server.rpc.identity import IdentityServicer
 from doorward_server.rpc.integration import IntegrationServicer
@@ -54,9 +57,10 @@ from doorward_server.rpc.keybroker import KeyBrokerServicer
 from doorward_server.rpc.peers import Peers
 from doorward_server.rpc.policy import read_policies
 from doorward_server.service_tokens import ServiceTokens
-from doorward_server.sessions import Sessions
+from doorward_server.sessions import Sessions, expired_sessions
 from doorward_server.settings import Settings
 from doorward_server.tls import ServerTls, is_loopback, read_tls
+from doorward_server.upkeep import FOR_EVER, Routine, Sweep, Sweeper
 from doorward_server.users import Users
 from doorward_server.worker import RetryPolicy, Worker
 
@@ -78,7 +82,6 @@ CHANNEL_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-_SWEEP_SECONDS = 3600.0
 _FLUSH_SECONDS = 15.0
 
 
@@ -190,6 +193,8 @@ class App:
 
     @cached_property
     def integrations(self) -> Integrations:
+        refresh = self.settings.refresh
+        lease = timedelta(seconds=refresh.lease)
         return Integrations(
             database=self.database,
             clock=self.clock,
@@ -201,9 +206,31 @@ class App:
             providers=self.providers,
             audit=self.audit,
             reads=self.access_reads,
-            lease=timedelta(seconds=self.settings.refresh.lease),
+            breakers=self.breakers,
+            ahead=Ahead(refresh.ahead, refresh.jitter, lease),
+            lease=lease,
             log=self.log,
             metrics=self.metrics,
+        )
+
+    @cached_property
+    def breakers(self) -> Breakers:
+        policy = BreakerPolicy(first=timedelta(seconds=2 * self.settings.refresh.poll))
+        return Breakers(policy, self.clock, self.log)
+
+    @cached_property
+    def refresher(self) -> Refresher | None:
+        """None when nothing is refreshed unasked."""
+        refresh = self.settings.refresh
+        if not refresh.ahead:
+            return None
+        return Refresher(
+            self.integrations,
+            self.providers,
+            self.breakers,
+            poll=refresh.poll,
+            at_once=refresh.at_once,
+            log=self.log,
         )
 
     @cached_property
@@ -317,6 +344,36 @@ class App:
         )
 
     @cached_property
+    def sweeper(self) -> Sweeper:
+        """Removes what is kept long enough; deliveries before the requests that they are of."""
+        kept = self.settings.retention
+        sweeps: list[Sweep] = [OLD_CLAIMS]
+        if kept.sessions:
+            sweeps.append(expired_sessions(timedelta(seconds=kept.sessions)))
+        if kept.jobs:
+            sweeps.append(abandoned_jobs(timedelta(seconds=kept.jobs)))
+        if kept.deliveries:
+            sweeps.append(old_deliveries(timedelta(seconds=kept.deliveries)))
+        if kept.requests:
+            grants = timedelta(seconds=kept.grants) if kept.grants else FOR_EVER
+            sweeps.append(old_requests(timedelta(seconds=kept.requests), grants))
+        return Sweeper(self.database, self.clock, sweeps, kept.batch, self.log)
+
+    def start_work(self, stop: threading.Event) -> None:
+        """What is done in the background; nothing more is begun once the event is set."""
+        self.worker.start()
+        Routine("sweeper", self.settings.retention.every, self.sweeper.run, self.log).start(stop)
+        if self.refresher is not None:
+            self.refresher.start(stop)
+
+    def finish_work(self, grace: float) -> None:
+        """Give what is under way so many seconds to end."""
+        ends = time.monotonic() + grace
+        self.worker.stop(grace)
+        if self.refresher is not None:
+            self.refresher.finish(ends - time.monotonic())
+
+    @cached_property
     def interceptor(self) -> CallInterceptor:
         """What surrounds every call."""
         return self._make_interceptor(whole_messages=False)
@@ -421,13 +478,8 @@ class Server:
         for_services.start()
         for_gateway.start()
         if self.works:
-            self.app.worker.start()
-        sweeps = (self.app.sessions.sweep, self.app.integrations.sweep)
-        for name, seconds, work in (
-            ("sweeper", _SWEEP_SECONDS, sweeps),
-            ("audit", _FLUSH_SECONDS, (self.app.access_reads.flush,)),
-        ):
-            threading.Thread(target=self._repeat, args=(stop, seconds, work), name=name, daemon=True).start()
+            self.app.start_work(stop)
+        Routine("audit", _FLUSH_SECONDS, lambda _: self.app.access_reads.flush(), log).start(stop)
         where = {"port": settings.grpc.port, "socket": str(settings.socket), "home": str(settings.home)}
         log.info("serving", **where)
         if on_ready is not None:
@@ -443,7 +495,7 @@ class Server:
         # is not to be removed any more. gRPC removes ours when it stops listening.
         stopped = [server.stop(grace) for server in (for_gateway, for_services)]
         if self.works:
-            self.app.worker.stop(grace)
+            self.app.finish_work(grace)
         for one in stopped:
             one.wait()
         self.app.outbound.close()
@@ -462,27 +514,21 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         return server
 
-    def _repeat(self, stop: threading.Event, seconds: float, sweeps: Sequence[Callable[[], int]]) -> None:
-        while not stop.wait(seconds):
-            for sweep in sweeps:
-                try:
-                    sweep()
-                except Exception as error:  # noqa: BLE001 - the next round may succeed
-                    self.app.log.error("sweep failed", **describe(error))
-
 
 def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Do jobs until SIGTERM or SIGINT; those under way are given the time of a drain."""
+    """Do the work in the background until SIGTERM or SIGINT; what is under way is given the time of a drain."""
+    stop = threading.Event()
     with _awaited_signals(), app.serving_metrics(), app.database.listening():
         app.record_key()
-        app.worker.start()
+        app.start_work(stop)
         where = {"home": str(app.settings.home)}
         app.log.info("working", **where)
         if on_ready is not None:
             on_ready(where)
         signal.sigwait(_STOP_SIGNALS)
+        stop.set()
         app.log.info("draining")
-        app.worker.stop(app.settings.grpc.drain_grace)
+        app.finish_work(app.settings.grpc.drain_grace)
         app.log.info("stopped")
 
 

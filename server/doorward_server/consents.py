@@ -48,6 +48,7 @@ from doorward_server.models import (
     to_micros,
 )
 from doorward_server.outbound import Bulkhead, Outbound
+from doorward_server.upkeep import Sweep
 
 DEADLINE = "consent-deadline"
 _TOPIC = "prompts"
@@ -89,6 +90,17 @@ INSERT INTO consent_requests (prompt_id, discord_user, application_id, name, cal
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id
 """
 _LEAD = "UPDATE consent_requests SET prompt_id = id WHERE id = ?"
+# The job at its deadline has had its time; its delivery is not kept any more; its prompt shows the outcome, or was
+# never sent; and it has no grant, or one that was revoked long ago, or is too old itself.
+_OLD = """
+finished_at <= ? AND deadline_at <= ?
+AND (message_closed_at IS NOT NULL OR (message IS NULL AND lease_epoch = 0))
+AND NOT EXISTS (SELECT 1 FROM deliveries WHERE deliveries.request_id = consent_requests.id)
+AND NOT EXISTS (
+    SELECT 1 FROM grants WHERE grants.request_id = consent_requests.id
+    AND (grants.revoked_at > ? OR (grants.revoked_at IS NULL AND grants.created_at > ?))
+)
+"""
 
 
 class Status(StrEnum):
@@ -537,6 +549,11 @@ class Consents:
     def _key_ids(self, grant: Grant) -> list[int]:
         query = GrantKey.select().where(GrantKey.grant == grant.id).order_by(GrantKey.position)
         return [row.key_id for row in self.database.fetch_all(query)]
+
+
+def old_requests(kept: timedelta, grants: timedelta) -> Sweep:
+    """Those that ended so long ago, and that nothing needs; one with a live grant only when that is so old."""
+    return Sweep("consent_requests", _OLD, (kept, timedelta(0), kept, grants))
 
 
 @dataclass(frozen=True)

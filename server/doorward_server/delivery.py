@@ -41,6 +41,7 @@ from doorward_server.jobs import Action, Ending, Jobs, Payload, PutOff
 from doorward_server.logs import Log
 from doorward_server.models import ConsentRequest, Delivery, DeliveryAttempt, to_micros
 from doorward_server.outbound import ConnectTimeout, NotConnectable, Outbound, Receipt, Timeouts
+from doorward_server.upkeep import Sweep
 
 DELIVERY = "delivery"
 NOTHING_LEFT = "user canceled"
@@ -385,6 +386,11 @@ class Deliveries:
             ).execute()
             self.jobs.queue(DELIVERY, {"delivery": delivery_id})
             self.audit.record(actor, "delivery.requeued", f"delivery:{delivery_id}")
+
+
+def old_deliveries(kept: timedelta) -> Sweep:
+    """Those that were sent or abandoned so long ago, with their attempts. One that is queued has no `finished_at`."""
+    return Sweep("deliveries", "finished_at <= ?", (kept,))
 
 
 def _now() -> float:

@@ -4,15 +4,18 @@ Owns the tables `connections` and `code_claims`. Imports `oauth`, `jobs`, `users
 """
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import peewee
 
 from doorward_server.audit import AccessReads, Audit
+from doorward_server.breaker import Breakers
 from doorward_server.clock import Clock
 from doorward_server.crypto import OWN_FROM, CannotOpen, KeyRing, Place, fingerprint, own_part
 from doorward_server.database import Database, storage_failures
@@ -22,6 +25,7 @@ from doorward_server.errors import (
     CodeAlreadyUsed,
     CodeRejected,
     CodeRequired,
+    DoorwardError,
     GrantRefused,
     InvalidMinTtl,
     NeedsReauth,
@@ -39,11 +43,12 @@ from doorward_server.errors import (
 from doorward_server.jobs import Abandon, Jobs, Payload
 from doorward_server.logs import Log
 from doorward_server.metrics import Metrics
-from doorward_server.models import CodeClaim, Connection, User
+from doorward_server.models import CodeClaim, Connection, User, to_micros
 from doorward_server.oauth import OAuth, TokenPair
 from doorward_server.outbound import Bulkhead, ConnectTimeout, NotConnectable
 from doorward_server.provider_registry import ProviderRegistry
 from doorward_server.providers import KAI_TYPES, Provider
+from doorward_server.upkeep import Sweep
 from doorward_server.users import Users
 
 REVOCATION = "revoke-token"
@@ -56,8 +61,19 @@ _STATUS = "SELECT needs_reauth FROM connections INDEXED BY connections_status WH
 _REFRESH_FAILURES: Mapping[str, type[CallError]] = {
     error.reason: error for error in (Busy, ProviderMalformed, ProviderTimeout, ProviderUnavailable, RefreshRejected)
 }
-# A code that no provider will take any more is forgotten after this long.
-_CLAIM_LIFE = timedelta(days=7)
+# Codes that no provider will take any more.
+OLD_CLAIMS = Sweep("code_claims", "created_at <= ?", (timedelta(days=7),))
+_NEXT_DUE = "SELECT id FROM connections WHERE provider = ? AND refresh_at <= ? ORDER BY refresh_at LIMIT 1"
+_CLAIM_DUE = f"""
+UPDATE connections SET refresh_at = ?
+WHERE id IN (
+    SELECT id FROM connections WHERE provider = ? AND refresh_at <= ? ORDER BY refresh_at LIMIT ? FOR UPDATE SKIP LOCKED
+) RETURNING {Connection.columns_sql()}
+"""  # noqa: S608 - constants only
+# The claim of a connection that has a new pair meanwhile, or was claimed anew, has no say any more.
+_PUT_OFF = "UPDATE connections SET refresh_at = ? WHERE id = ? AND refresh_at = ?"
+# The longest pause after a failure of the provider's, and after a refusal, which is likely to stay.
+_LONGEST_PAUSE, _LONGEST_REFUSED_PAUSE = timedelta(minutes=1), timedelta(hours=6)
 _CONNECTED = "connected"
 # A connection that cannot be refreshed is called expiring for so long.
 _SOON = timedelta(days=1)
@@ -97,6 +113,37 @@ class ListedConnection(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """When a pair is refreshed unasked: so long before it runs out, and up to `jitter` more."""
+
+    seconds: float
+    jitter: float
+    lease: timedelta
+
+    @property
+    def longest(self) -> timedelta:
+        return timedelta(seconds=self.seconds + self.jitter)
+
+    def due_at(self, obtained_at: datetime, expires_at: datetime, luck: float) -> datetime | None:
+        """Never in the first half of its life. None for a life of less than two leases: it would be refreshed
+        again and again, perhaps with nobody to use it. `luck`, from 0 to 1, is the part of the jitter.
+        """
+        life = expires_at - obtained_at
+        if life < 2 * self.lease:
+            return None
+        return expires_at - min(timedelta(seconds=self.seconds + luck * self.jitter), life / 2)
+
+    @property
+    def claim(self) -> timedelta:
+        """How long a claim of what is due counts: longer than a refresh takes."""
+        return 2 * self.lease
+
+    def pause(self, waited: timedelta, longest: timedelta, luck: float) -> timedelta:
+        """How long to wait after a failure: as long again as the pair has been due, so the pauses double."""
+        return min(max(waited, self.claim), longest) * (1 + luck / 4)
+
+
+@dataclass(frozen=True)
 class Integrations:
     """Connects, tells, refreshes and revokes."""
 
@@ -110,6 +157,8 @@ class Integrations:
     providers: ProviderRegistry
     audit: Audit
     reads: AccessReads
+    breakers: Breakers
+    ahead: Ahead
     lease: timedelta
     log: Log
     metrics: Metrics
@@ -243,11 +292,57 @@ class Integrations:
         if not 200 <= status < 300:  # noqa: PLR2004
             raise Abandon(f"HTTP_{status}")
 
-    def sweep(self) -> int:
-        """Forget old code claims; returns how many."""
-        with self.database.writing():
-            old = CodeClaim.created_at <= self.clock.now() - _CLAIM_LIFE
-            return int(CodeClaim.delete().where(old).execute())
+    # Refreshing unasked
+
+    def claim_due(self, provider_id: str, most: int) -> list[Connection]:
+        """Take at most so many of a provider's connections that are due, those that have been so for longest.
+
+        Should this process die, they are due again after a while.
+        """
+        now = self.clock.now()
+        # Idle processes look again and again: a read is nothing to anybody.
+        if self.database.fetch_one(_NEXT_DUE, (provider_id, to_micros(now))) is None:
+            return []
+        parameters = (to_micros(now + self.ahead.claim), provider_id, to_micros(now), most)
+        return [Connection.from_row(row) for row in self.database.claim(_CLAIM_DUE, parameters)]
+
+    @storage_failures()
+    def refresh_due(self, claimed: Connection) -> None:
+        """Refresh a connection from `claim_due`, unless a call has done so or is at it; what fails is put off.
+
+        Raises StorageUnavailable.
+        """
+        provider = self.providers.find(claimed.provider)
+        if provider is None or not self._lease_is_free(claimed):
+            return
+        if self._is_fresh(claimed, self.ahead.longest):  # the settings have changed since its time was set
+            self._put_off(claimed, self._due_at(claimed.obtained_at, claimed.expires_at))
+            return
+        try:
+            self._refresh(provider, claimed, self.ahead.longest)
+        except (Busy, NeedsReauth, NoConnection):
+            return  # due again when the claim ends; never; gone
+        except StorageUnavailable:
+            raise
+        except (CallError, CannotOpen) as failure:
+            self._put_off(claimed, self.clock.now() + self._pause_after(failure, claimed))
+
+    def _pause_after(self, failure: DoorwardError, claimed: Connection) -> timedelta:
+        is_down = isinstance(failure, ProviderMalformed | ProviderTimeout | ProviderUnavailable)
+        longest = _LONGEST_PAUSE if is_down else _LONGEST_REFUSED_PAUSE
+        due_at = self.ahead.due_at(claimed.obtained_at, claimed.expires_at, 1.0)
+        waited = self.clock.now() - due_at if due_at is not None else longest
+        return self.ahead.pause(waited, longest, random.random())  # noqa: S311 - no secret
+
+    def _put_off(self, claimed: Connection, refresh_at: datetime | None) -> None:
+        new = to_micros(refresh_at) if refresh_at is not None else None
+        parameters = (new, claimed.id, to_micros(claimed.refresh_at))
+        self.database.write(partial(self.database.execute, _PUT_OFF, parameters))
+
+    def _due_at(self, obtained_at: datetime, expires_at: datetime | None) -> datetime | None:
+        if expires_at is None:
+            return None
+        return self.ahead.due_at(obtained_at, expires_at, random.random())  # noqa: S311 - no secret
 
     def _kai_provider(self, provider_id: str) -> Provider:
         provider = self.providers.find(provider_id)
@@ -337,9 +432,12 @@ class Integrations:
     def _sealed(self, connection_id: int, pair: TokenPair, *, keep_refresh_token: bool) -> dict[str, Any]:
         """The columns of a new pair. A refresh whose answer holds no refresh token keeps the old one."""
         now = self.clock.now()
+        expires_at = now + timedelta(seconds=pair.expires_in) if pair.expires_in is not None else None
+        can_refresh = pair.refresh_token is not None or keep_refresh_token
         values: dict[str, Any] = {
             "access_token": self.keys.seal(pair.access_token, _access_token_of(connection_id)),
-            "expires_at": now + timedelta(seconds=pair.expires_in) if pair.expires_in is not None else None,
+            "expires_at": expires_at,
+            "refresh_at": self._due_at(now, expires_at) if can_refresh else None,
             "obtained_at": now,
             "needs_reauth": False,
             "lease_expires_at": None,
@@ -444,10 +542,11 @@ class Integrations:
         refresh_token = self._open_pair(held).refresh_token
         if refresh_token is None:
             # The rest of the token's life is too short for this caller, but it may do for others.
-            self._end_lease(held, needs_reauth=not self._is_fresh(held, timedelta(0)))
+            self._end_lease(held, needs_reauth=not self._is_fresh(held, timedelta(0)), refresh_at=None)
             raise NeedsReauth
         try:
-            pair = self.oauth.refresh(provider, refresh_token)
+            with self.breakers.watching(provider.id):
+                pair = self.oauth.refresh(provider, refresh_token)
         except GrantRefused:
             self.metrics.refresh_ended(provider.id, "grant_refused")
             self._refused(held)
@@ -512,7 +611,7 @@ class Integrations:
         """The provider no longer takes the refresh token. That is final, unless it is not the current one."""
         current = Connection.get_or_none(Connection.id == held.id)
         if current is None or not _has_new_pair(current, since=held):
-            self._end_lease(held, needs_reauth=True)
+            self._end_lease(held, needs_reauth=True, refresh_at=None)
 
     def _end_lease(self, held: Connection, **values: Any) -> None:
         with self.database.writing():

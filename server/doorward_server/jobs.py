@@ -17,6 +17,7 @@ from doorward_server.crypto import KeyRing, Place
 from doorward_server.database import Database
 from doorward_server.errors import DoorwardError
 from doorward_server.models import Job, from_micros, to_micros
+from doorward_server.upkeep import Sweep
 
 Payload = dict[str, Any]
 _TOPIC = "jobs"
@@ -37,7 +38,10 @@ RETURNING {Job.columns_sql()}
 _BACKLOG = "SELECT count(*), min(run_at) FROM jobs WHERE run_at <= ?"
 _ABANDONED = "SELECT kind, count(*) FROM jobs WHERE run_at IS NULL GROUP BY kind ORDER BY kind"
 _FINISH = "DELETE FROM jobs WHERE id = ? AND attempts = ?"
-_PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ? RETURNING id"
+_PUT_OFF = "UPDATE jobs SET run_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ?"
+_ABANDON = """
+UPDATE jobs SET run_at = NULL, abandoned_at = ?, last_error = ?, failures = ? WHERE id = ? AND attempts = ? RETURNING id
+"""
 
 
 class PutOff(NamedTuple):
@@ -146,11 +150,16 @@ class Jobs:
         """Try no more, but keep the job for the operator to see; what else follows is done in the same transaction."""
 
         def change() -> None:
-            parameters = (None, reason, job.failures + 1, job.id, job.attempts)
-            if self.database.execute(_PUT_OFF, parameters) is not None:
+            parameters = (to_micros(self._clock.now()), reason, job.failures + 1, job.id, job.attempts)
+            if self.database.execute(_ABANDON, parameters) is not None:
                 also()
 
         self.database.write(change)
+
+
+def abandoned_jobs(kept: timedelta) -> Sweep:
+    """Those that the operator has had so long to see."""
+    return Sweep("jobs", "abandoned_at <= ?", (kept,))
 
 
 def _payload_of(job_id: int) -> Place:

@@ -200,7 +200,7 @@ class ServiceToken(peewee.Model):
         table_name = "service_tokens"
 
 
-class Connection(peewee.Model):
+class Connection(Record):
     """A user's tokens at a provider, and the lease under which they are refreshed.
 
     Whoever refreshes holds the lease of the current `lease_epoch`. A new pair is stored only in place of
@@ -220,6 +220,7 @@ class Connection(peewee.Model):
     lease_epoch = peewee.IntegerField()
     lease_expires_at = TimeField(null=True)
     lease_failure = peewee.TextField(null=True)  # how the last refresh ended, for those who waited for it
+    refresh_at = TimeField(null=True)  # when to refresh it unasked; unset: never
     created_at = TimeField()
 
     class Meta:
@@ -251,6 +252,7 @@ class Job(Record):
     attempts = peewee.IntegerField()
     failures = peewee.IntegerField(default=0)  # since the last attempt that went as it should
     last_error = peewee.TextField(null=True)
+    abandoned_at = TimeField(null=True)
     created_at = TimeField()
 
     class Meta:

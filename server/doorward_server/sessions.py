@@ -12,6 +12,7 @@ from doorward_server.crypto import fingerprint, make_secret
 from doorward_server.database import Database
 from doorward_server.errors import SessionNotFound, UserNotFound
 from doorward_server.models import Session, User, to_micros
+from doorward_server.upkeep import Sweep
 
 COOKIE = "doorward_session"
 # Answered by the index sessions_token alone.
@@ -87,7 +88,7 @@ class Sessions:
         with self.database.writing():
             Session.delete().where(Session.user == caller.user_id).execute()
 
-    def sweep(self) -> int:
-        """Delete the expired sessions; returns how many."""
-        with self.database.writing():
-            return int(Session.delete().where(Session.expires_at <= self.clock.now()).execute())
+
+def expired_sessions(kept: timedelta) -> Sweep:
+    """Those that ended so long ago; nobody gets in with one in the meantime."""
+    return Sweep("sessions", "expires_at <= ?", (kept,))

@@ -45,6 +45,7 @@ _SOCKET_PATH_BYTES = 107
 
 # A host's name (RFC 1123, section 2.1), which neither an address nor a wildcard is.
 _DNS_NAME = re.compile(r"(?:[A-Za-z0-9-]{1,63}\.)*(?=[0-9-]*[A-Za-z])[A-Za-z0-9-]{1,63}")
+_HOUR = 3600.0
 _TEN_YEARS = 10 * 365 * 86400.0
 
 
@@ -56,6 +57,8 @@ def _no_boolean(value: object) -> object:
 
 Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS, allow_inf_nan=False)]
+# 0 stands for something else, as each setting says.
+SecondsOrNone = Annotated[float, Field(ge=0, le=_TEN_YEARS, allow_inf_nan=False)]
 
 
 def _split(value: object) -> object:
@@ -154,6 +157,14 @@ class OutboundSection(Section):
 class RefreshSection(Section):
     # How long one refresh may take before another process may try; longer than any provider's timeout.
     lease: Seconds = 10.0
+    # Seconds before a token runs out at which it is refreshed unasked, and up to how many more, at random for each;
+    # never in the first half of its life, nor one that lives for less than two leases. `ahead` 0: only when asked for.
+    ahead: SecondsOrNone = 300.0
+    jitter: SecondsOrNone = 60.0
+    # Seconds between looks for tokens that are due.
+    poll: Seconds = 5.0
+    # Such refreshes under way at once in a process; half of them at one provider.
+    at_once: int = Field(8, ge=1, le=64)
 
 
 class SessionsSection(Section):
@@ -222,6 +233,25 @@ class CallbacksSection(Section):
     per_host: int = Field(4, ge=1)
 
 
+class RetentionSection(Section):
+    """How many seconds what is over is kept; 0: for ever."""
+
+    # Requests for keys, after their outcome; at least as long as deliveries. One with a grant that the user has not
+    # revoked stays for the sake of that.
+    requests: SecondsOrNone = 90 * 86400.0
+    # Such a grant goes with its request all the same when it is so old: the user does not see it any more.
+    grants: SecondsOrNone = 0.0
+    # Deliveries and their attempts, after they were sent or abandoned.
+    deliveries: SecondsOrNone = 30 * 86400.0
+    # Sessions, after they expired.
+    sessions: SecondsOrNone = 86400.0
+    # Jobs, after they were abandoned.
+    jobs: SecondsOrNone = 30 * 86400.0
+    # Seconds between looks for what is over, and how many rows are removed in one transaction.
+    every: Seconds = 3600.0
+    batch: int = Field(200, ge=1, le=10_000)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -257,6 +287,7 @@ class Settings(BaseSettings):
     validators: dict[str, Validator] = {}
     consents: ConsentsSection = ConsentsSection()
     callbacks: CallbacksSection = CallbacksSection()
+    retention: RetentionSection = RetentionSection()
 
     @classmethod
     def settings_customise_sources(
@@ -299,6 +330,8 @@ class Settings(BaseSettings):
                 f"[callbacks] timeout ({self.callbacks.timeout:g} s) has to be shorter than half of [jobs] lease "
                 f"({self.jobs.lease:g} s): lower the one or raise the other"
             )
+        self._check_refresh()
+        self._check_retention()
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         self._check_tls()
@@ -338,6 +371,40 @@ class Settings(BaseSettings):
                     f'[grpc] gateway_name: "{name}" is not a DNS name: write the whole name, without a wildcard, '
                     "that the gateway's certificate holds"
                 )
+
+    def _check_refresh(self) -> None:
+        refresh = self.refresh
+        if not refresh.ahead:
+            return
+        # So long it may take until another process does what one that died had begun.
+        takeover = 2 * refresh.lease + refresh.poll
+        if refresh.ahead <= takeover:
+            raise ValueError(
+                f"[refresh] ahead ({refresh.ahead:g} s) has to be 0, or longer than two leases and a poll "
+                f"({takeover:g} s): raise it, or lower [refresh] lease or poll"
+            )
+        if refresh.at_once > self.outbound.concurrency:
+            raise ValueError(
+                f"[refresh] at_once ({refresh.at_once}) has to be at most [outbound] concurrency "
+                f"({self.outbound.concurrency}): lower the one or raise the other"
+            )
+
+    def _check_retention(self) -> None:
+        kept = self.retention
+        for name, seconds in (("requests", kept.requests), ("deliveries", kept.deliveries)):
+            # The limits count the requests of an hour, and an attempt may be late.
+            if 0 < seconds < _HOUR:
+                raise ValueError(f"[retention] {name} ({seconds:g} s) has to be 0 or at least {_HOUR:g} s: raise it")
+        if kept.requests and not 0 < kept.deliveries <= kept.requests:
+            deliveries = f"{kept.deliveries:.0f} s" if kept.deliveries else "for ever"
+            raise ValueError(
+                f"[retention] requests ({kept.requests:.0f} s) cannot be shorter than deliveries ({deliveries}), for a "
+                "delivery tells of its request: raise the one or lower the other"
+            )
+        if kept.grants and not kept.requests:
+            raise ValueError(
+                "[retention] grants has no effect while requests are kept for ever: set requests, too, or remove it"
+            )
 
     def check_timeouts(self, provider: Provider) -> None:
         """Raise ValueError when a provider may take longer than those who wait for it."""

@@ -138,6 +138,12 @@ def test_another_settings_file_can_be_tried(tmp_path: Path) -> None:
         pytest.param(FLO + "timeout = 14\n[refresh]\nlease = 15\n", id="longer lease"),
         pytest.param("[grpc]\nport = 65535\n", id="largest port"),
         pytest.param("[metrics]\nport = 9464\nhost = '::1'\n", id="metrics"),
+        pytest.param("[refresh]\nahead = 0\nat_once = 64\npoll = 3600\n", id="nothing refreshed ahead"),
+        pytest.param("[refresh]\nahead = 25.1\njitter = 0\n", id="shortest ahead"),
+        pytest.param("[refresh]\nat_once = 48\n", id="most refreshes at once"),
+        pytest.param("[retention]\nrequests = 0\ndeliveries = 0\nsessions = 0\njobs = 0\n", id="all kept for ever"),
+        pytest.param("[retention]\nrequests = 3600\ndeliveries = 3600\ngrants = 1\n", id="shortest retention"),
+        pytest.param("[retention]\nrequests = 0\n", id="requests kept for ever"),
         pytest.param("public_url = 'https://doorward.example/'\n", id="public URL"),
     ],
 )
@@ -364,6 +370,45 @@ _LONG = "/tmp/" + "x" * 103
         ),
         pytest.param(f"[grpc]\nsocket = '{_LONG}'\n", (_LONG, "107", "[grpc] socket", "shorter"), id="long socket"),
         pytest.param("[limits]\nauth_failures = -1\n", ("[limits] auth_failures", "equal to 0"), id="negative limit"),
+        # Refreshing and retention
+        pytest.param(
+            "[refresh]\nahead = 25\n",
+            ("[refresh] ahead (25 s)", "two leases and a poll (25 s)", "raise it, or lower [refresh] lease or poll"),
+            id="ahead too short for another process",
+        ),
+        pytest.param("[refresh]\nahead = -1\n", ("[refresh] ahead", "equal to 0"), id="negative ahead"),
+        pytest.param("[refresh]\njitter = -1\n", ("[refresh] jitter", "equal to 0"), id="negative jitter"),
+        pytest.param("[refresh]\npoll = 0\n", ("[refresh] poll", "greater than 0"), id="no poll"),
+        pytest.param("[refresh]\nat_once = 0\n", ("[refresh] at_once", "equal to 1"), id="no refreshes at once"),
+        pytest.param(
+            "[outbound]\nconcurrency = 7\n",
+            ("[refresh] at_once (8)", "[outbound] concurrency (7)", "lower the one or raise the other"),
+            id="more refreshes than requests",
+        ),
+        pytest.param(
+            "[retention]\nrequests = 3599\n",
+            ("[retention] requests (3599 s)", "3600 s"),
+            id="short requests",
+        ),
+        pytest.param(
+            "[retention]\ndeliveries = 60\n", ("[retention] deliveries (60 s)", "3600 s"), id="short deliveries"
+        ),
+        pytest.param(
+            "[retention]\nrequests = 86400\n",
+            ("[retention] requests (86400 s)", "deliveries (2592000 s)", "raise the one or lower the other"),
+            id="requests shorter than deliveries",
+        ),
+        pytest.param(
+            "[retention]\ndeliveries = 0\n",
+            ("[retention] requests", "deliveries (for ever)", "raise the one or lower the other"),
+            id="deliveries for ever, requests not",
+        ),
+        pytest.param(
+            "[retention]\nrequests = 0\ngrants = 86400\n",
+            ("[retention] grants", "requests are kept for ever", "set requests, too, or remove it"),
+            id="grants without requests",
+        ),
+        pytest.param("[retention]\nbatch = 0\n", ("[retention] batch", "equal to 1"), id="empty batches"),
         # Providers
         *(pytest.param(without(key), ("[providers.flo]", f"needs {key}:", "add"), id=f"no {key}") for key in _REQUIRED),
         pytest.param("[providers.flo]\nkind = 'kai'\n", ("[providers.flo]", *_REQUIRED), id="nothing but a kind"),

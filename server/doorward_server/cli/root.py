@@ -119,7 +119,8 @@ def init(
 def serve(
     ctx: typer.Context,
     work: Annotated[
-        bool, typer.Option("--work/--no-work", help="Also do the work in the background: deliveries, revocations.")
+        bool,
+        typer.Option("--work/--no-work", help="Also do the work in the background: deliveries, refreshes."),
     ] = True,
     as_json: Json = False,
 ) -> None:

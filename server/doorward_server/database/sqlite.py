@@ -117,9 +117,9 @@ class SqliteDatabase(Database):
         self.engine.close()
         while self._readers:
             self._readers.pop().close()
-        if self._users is not None:
-            os.close(self._users)
-            self._users = None
+        users, self._users = self._users, None  # threads may close it at the same time
+        if users is not None:
+            os.close(users)
 
     @property
     def files(self) -> list[Path]:
