@@ -4,6 +4,7 @@ import contextlib
 import gc
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,8 @@ from doorward_server.rpc.peers import Peers
 from doorward_server.rpc.policy import read_policies
 from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions
-from doorward_server.settings import Settings
+from doorward_server.settings import Settings, worker_environment
+from doorward_server.supervisor import Launch, RestartPolicy, Supervisor
 from doorward_server.tls import ServerTls, is_loopback, read_tls
 from doorward_server.users import Users
 from doorward_server.worker import RetryPolicy, Worker
@@ -75,9 +77,12 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 _SWEEP_SECONDS = 3600.0
 _FLUSH_SECONDS = 15.0
+_POLL_SECONDS = 0.05
+# What a drained server takes at most to end.
+_END_SECONDS = 1.0
 
 
 class App:
@@ -376,7 +381,8 @@ class Server:
     works: bool = True  # also does the jobs
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
+        """Serve until SIGTERM or SIGINT, then drain; on SIGQUIT, calls under way get all the time that the gateway
+        gives them. `on_ready` is told where, once calls are answered."""
         with _awaited_signals(), self.app.database.listening():
             self._serve(on_ready)
 
@@ -407,23 +413,36 @@ class Server:
         log.info("serving", **where)
         if on_ready is not None:
             on_ready(where)
-        signal.sigwait(_STOP_SIGNALS)
+        has_time = signal.sigwait(_STOP_SIGNALS) == signal.SIGQUIT
         stop.set()
-        log.info("draining")
+        log.info("draining", port=settings.grpc.port)
         health_servicer.enter_graceful_shutdown()
         # The gateway's health check has to notice before calls are refused.
         threading.Event().wait(settings.grpc.drain_wait)
-        grace = settings.grpc.drain_grace
         # The socket before the port: a successor that gets the port makes a socket of its own, which
         # is not to be removed any more. gRPC removes ours when it stops listening.
-        stopped = [server.stop(grace) for server in (for_gateway, for_services)]
+        servers = (for_gateway, for_services)
+        if has_time:
+            self._end_calls_in_time_or_when_told(servers, settings.gateway.timeout)
+        self._end_calls(servers, settings.grpc.drain_grace)
+        self.app.outbound.close()
+        self.app.callback_outbound.close()
+        log.info("stopped", port=settings.grpc.port)
+
+    def _end_calls(self, servers: Sequence[grpc.Server], grace: float) -> None:
+        """Take in no more calls and jobs; those under way have `grace` seconds, also if they had more before."""
+        stopped = [server.stop(grace) for server in servers]
         if self.works:
             self.app.worker.stop(grace)
         for one in stopped:
             one.wait()
-        self.app.outbound.close()
-        self.app.callback_outbound.close()
-        log.info("stopped")
+
+    def _end_calls_in_time_or_when_told(self, servers: Sequence[grpc.Server], grace: float) -> None:
+        """The same, until a further signal says that there is no time for it."""
+        ending = threading.Thread(target=self._end_calls, args=(servers, grace), name="ending", daemon=True)
+        ending.start()
+        while ending.is_alive() and signal.sigtimedwait(_STOP_SIGNALS, _POLL_SECONDS) is None:
+            pass
 
     def _build(self, interceptor: CallInterceptor, health_servicer: health.HealthServicer) -> grpc.Server:
         settings = self.app.settings.grpc
@@ -444,6 +463,36 @@ class Server:
                     sweep()
                 except Exception as error:  # noqa: BLE001 - the next round may succeed
                     self.app.log.error("sweep failed", **describe(error))
+
+
+def supervise(settings: Settings, *, works: bool, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Run `workers` servers, each an ordinary `doorward serve`, until SIGTERM or SIGINT; SIGHUP replaces them."""
+    options = ["--home", str(settings.home), "serve", "--work" if works else "--no-work", "--json"]
+    launches = [
+        # -X worker does nothing but show in `ps`; -P keeps the working directory out of the import path.
+        Launch(
+            port,
+            [sys.executable, "-P", "-X", f"worker={port}", "-m", "doorward_server", *options],
+            worker_environment(port),
+        )
+        for port in settings.ports
+    ]
+    sockets = [{"port": port, "socket": str(settings.socket_at(port))} for port in settings.ports]
+    drain_wait = settings.grpc.drain_wait
+    supervisor = Supervisor(
+        launches,
+        policy=RestartPolicy(),
+        stop_patience=drain_wait + settings.grpc.drain_grace + _END_SECONDS,
+        replace_patience=drain_wait + settings.gateway.timeout + settings.grpc.drain_grace + _END_SECONDS,
+        settle=drain_wait,
+        log=make_log(settings.log.level),
+    )
+
+    def tell() -> None:
+        if on_ready is not None:
+            on_ready({"home": str(settings.home), "workers": sockets})
+
+    supervisor.run(tell)
 
 
 def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:

@@ -479,7 +479,7 @@ def test_print_config(home: Stack) -> None:
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     routes = manager["route_config"]["virtual_hosts"][0]["routes"]
     # Those that go to the server; one is answered by the gateway itself.
-    assert [route["route"]["timeout"] for route in routes if "route" in route] == ["2.5s", "2.5s"]
+    assert [route["route"]["timeout"] for route in routes if "route" in route] == ["2.5s"] * 3
     assert [route["direct_response"]["status"] for route in routes if "route" not in route] == [400]
     filters = {one["name"].rpartition(".")[2]: one["typed_config"] for one in manager["http_filters"]}
     bucket = filters["local_ratelimit"]["descriptors"][0]["token_bucket"]
