@@ -22,6 +22,16 @@ def free_port() -> int:
         return port
 
 
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    while True:
+        first = free_port()
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError, OverflowError):
+            for port in range(first, first + count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
+
 def await_condition(condition: Callable[[], bool], what: str, patience: float = _PATIENCE) -> None:
     """Return as soon as the condition holds; fail when it does not in time."""
     deadline = time.monotonic() + patience

@@ -465,7 +465,13 @@ class Server:
                     self.app.log.error("sweep failed", **describe(error))
 
 
-def supervise(settings: Settings, *, works: bool, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+def supervise(
+    settings: Settings,
+    *,
+    works: bool,
+    policy: RestartPolicy | None = None,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
     """Run `workers` servers, each an ordinary `doorward serve`, until SIGTERM or SIGINT; SIGHUP replaces them."""
     options = ["--home", str(settings.home), "serve", "--work" if works else "--no-work", "--json"]
     launches = [
@@ -481,7 +487,7 @@ def supervise(settings: Settings, *, works: bool, on_ready: Callable[[dict[str, 
     drain_wait = settings.grpc.drain_wait
     supervisor = Supervisor(
         launches,
-        policy=RestartPolicy(),
+        policy=policy or RestartPolicy(),
         stop_patience=drain_wait + settings.grpc.drain_grace + _END_SECONDS,
         replace_patience=drain_wait + settings.gateway.timeout + settings.grpc.drain_grace + _END_SECONDS,
         settle=drain_wait,

@@ -127,10 +127,10 @@ class WorkerProcess:
         return self._process.poll() if self._process is not None else None
 
     def clear(self, due: float) -> None:
-        """Forget the process, which has ended; the next one is due then."""
-        if self._process is not None and self._process.stdout is not None:
-            self._process.stdout.close()
-        self._process = None
+        """Forget the process, which has ended or will at once; the next one is due then."""
+        if self._process is not None:
+            with self._process:  # waits, and closes the pipe
+                self._process = None
         self.state, self.until = _State.AWAY, due
 
 
@@ -280,11 +280,13 @@ class Supervisor:
         for worker in self._workers:
             worker.drain(signal.SIGTERM, self._stop_patience)
         deadline = time.monotonic() + self._stop_patience
-        while (running := [worker for worker in self._workers if worker.is_running]) and time.monotonic() < deadline:
+        while any(worker.is_running for worker in self._workers) and time.monotonic() < deadline:
             signal.sigtimedwait(_SIGNALS, _POLL)
-        for worker in running:
-            self._log.warning("worker killed: it took too long", **worker.fields)
-            worker.kill()
+        for worker in self._workers:
+            if worker.is_running:
+                self._log.warning("worker killed: it took too long", **worker.fields)
+                worker.kill()
+            worker.clear(due=float("inf"))
 
 
 def _terminal_is_gone(received: signal.struct_siginfo) -> bool:
