@@ -479,7 +479,7 @@ def supervise(
         Launch(
             port,
             [sys.executable, "-P", "-X", f"worker={port}", "-m", "doorward_server", *options],
-            worker_environment(port),
+            worker_environment(settings, port),
         )
         for port in settings.ports
     ]

@@ -426,9 +426,10 @@ def places(home: Path | None = None) -> tuple[Path, Path]:
     return home, Path(config).absolute() if config else home / "doorward.toml"
 
 
-def worker_environment(port: int) -> dict[str, str]:
-    """The environment of one worker of several: this process's, but for the port and the number of workers."""
-    return {**os.environ, f"{PREFIX}GRPC_PORT": str(port), f"{PREFIX}WORKERS": "1"}
+def worker_environment(settings: Settings, port: int) -> dict[str, str]:
+    """The environment of one worker of several: this process's, but for what each has of its own."""
+    own = {"WORKERS": "1", "GRPC_PORT": str(port), "GRPC_SOCKET": str(settings.socket_at(port))}
+    return {**os.environ, **{f"{PREFIX}{name}": value for name, value in own.items()}}
 
 
 def load(home: Path | None = None, config: Path | None = None, *, workers: int | None = None) -> Settings:

@@ -203,14 +203,21 @@ class Supervisor:
         if (code := worker.exit_code) is not None:
             self._has_ended(worker, code)
         elif worker.state is _State.AWAY and now >= worker.until:
-            worker.start(self._policy.start_patience)
-            self._log.info("worker started", **worker.fields)
+            self._start(worker)
         elif worker.state is _State.STARTING and worker.has_printed():
             worker.serve()
             self._call_the_others()
         elif worker.state in {_State.STARTING, _State.DRAINING} and now >= worker.until:
             self._log.warning("worker killed: it took too long", **worker.fields)
             worker.kill()
+
+    def _start(self, worker: WorkerProcess) -> None:
+        try:
+            worker.start(self._policy.start_patience)
+        except (OSError, subprocess.SubprocessError) as error:  # no memory, or the program is just being replaced
+            self._has_failed(worker, getattr(error, "strerror", None) or type(error).__name__)
+            return
+        self._log.info("worker started", **worker.fields)
 
     def _call_the_others(self) -> None:
         """After the first one, all may start at once."""
@@ -226,22 +233,22 @@ class Supervisor:
             return
         if worker.state is _State.SERVING and now - worker.until >= self._policy.steady:
             worker.failures = 0
+        if not self._all_have_served and code == _TOLD_TO_FAIL:
+            raise SystemExit(code)  # it has told why, in a sentence of its own
+        self._has_failed(worker, f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
+
+    def _has_failed(self, worker: WorkerProcess, how: str) -> None:
         worker.failures += 1
-        self._log.warning("worker ended", **worker.fields, **_how(code), failures=worker.failures)
+        self._log.warning("worker ended", **worker.fields, how=how, failures=worker.failures)
         if not self._all_have_served:
-            self._refuse_to_start(worker, code)
-        if worker.state is _State.STARTING and self._outdated is not None:
+            raise OperatorError(f"{worker.name} ended before it served ({how}): mend what its lines above tell of")
+        if worker.state is not _State.SERVING and self._outdated is not None:
             self._outdated = None
             self._log.error("replacing stopped: the new worker does not come up, see its lines", **worker.fields)
         pause = self._policy.pause(worker.failures)
-        worker.clear(due=now + pause)
+        worker.clear(due=time.monotonic() + pause)
         if self._policy.has_had_enough(worker.failures):
             self._give_up_or_warn(worker, pause)
-
-    def _refuse_to_start(self, worker: WorkerProcess, code: int) -> None:
-        if code == _TOLD_TO_FAIL:
-            raise SystemExit(code)  # it has told why, in a sentence of its own
-        raise OperatorError(f"{worker.name} ended before it served, by {_words(code)}: see its lines above")
 
     def _give_up_or_warn(self, worker: WorkerProcess, pause: float) -> None:
         """As long as another one serves, half of the service is better than none."""
@@ -292,15 +299,6 @@ class Supervisor:
 def _terminal_is_gone(received: signal.struct_siginfo) -> bool:
     """Whether a SIGHUP is the kernel's word that the terminal has gone, and nobody has said `nohup`."""
     return received.si_code == _SI_KERNEL and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-
-
-def _how(code: int) -> dict[str, int | str]:
-    """An exit code of `subprocess` for the log."""
-    return {"exit_code": code} if code >= 0 else {"signal": signal.Signals(-code).name}
-
-
-def _words(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 def _prepare_child(supervisor: int) -> None:

@@ -46,6 +46,20 @@ try:
 except OperatorError as error:
     sys.exit(f"doorward: {error}")
 """
+# A supervisor of one worker, which is the program that its arguments name, and which it gives a second to come up.
+SUPERVISES = """
+import sys
+from doorward_server.errors import OperatorError
+from doorward_server.logs import make_log
+from doorward_server.supervisor import Launch, RestartPolicy, Supervisor
+policy = RestartPolicy(start_patience=1.0)
+launch = Launch(1, sys.argv[1:], {})
+supervisor = Supervisor([launch], policy=policy, stop_patience=1, replace_patience=1, settle=0, log=make_log("info"))
+try:
+    supervisor.run(lambda: None)
+except OperatorError as error:
+    sys.exit(f"doorward: {error}")
+"""
 
 Make = Callable[..., Stack]
 
@@ -216,7 +230,7 @@ def test_a_killed_worker_takes_only_what_it_was_doing(make: Make, soaking: bool)
         # Reads are asked of the other worker; a caller of the rest has one request under way.
         assert load.failures.total() <= kills * callers // 3
         assert {method for method, _ in load.failures} <= {"POST"}
-        assert {line["signal"] for line in lines_of(supervisor, "worker ended")} == {"SIGKILL"}
+        assert {line["how"] for line in lines_of(supervisor, "worker ended")} == {"SIGKILL"}
         assert len(lines_of(supervisor, "worker started")) == WORKERS + kills
     print(f"{kills} workers killed: {load.answers.total()} requests, failures: {dict(load.failures)}")
 
@@ -244,6 +258,30 @@ def test_calls_under_way_are_given_their_time(make: Make, provider: SandboxProvi
             supervisor.signal(signal.SIGHUP)
             assert {(run.result().status_code, run.result().text) for run in runs} == {(200, "{}")}
         await_event(supervisor, "all workers replaced")
+
+
+# Starting
+
+
+def test_the_command_line_beats_the_setting(make: Make) -> None:
+    stack = make(**AT_ONCE)
+    log = stack.logs / f"json-{stack.grpc_port}.log"
+    command: list[str | Path] = [BIN / "doorward", "serve", "--workers", "3", "--no-work", "--json"]
+    environment = stack.environment | {"DOORWARD_GRPC_PORT": str(free_ports(3))}
+    with running(command, log, environment) as supervisor:
+        await_event(supervisor, "all workers serve")
+        await_condition(lambda: '{"home"' in supervisor.output(), "the one value on standard output")
+        [told] = [json.loads(line) for line in supervisor.output().splitlines() if '"event"' not in line]
+        first = int(environment["DOORWARD_GRPC_PORT"])
+        assert told == {
+            "home": str(stack.home),
+            "workers": [
+                {"port": port, "socket": f"{stack.home}/doorward-{port}.sock"} for port in range(first, first + 3)
+            ],
+        }
+        workers = workers_of(supervisor)
+        assert workers.keys() == set(range(first, first + 3))
+        assert all("--no-work" in one.cmdline() for one in workers.values())
 
 
 # Replacing
@@ -321,6 +359,26 @@ def test_a_port_in_use_is_one_sentence(make: Make, worker: int) -> None:
             started = [line["pid"] for line in lines_of(supervisor, "worker started")]
     assert len(started) == worker
     assert not any(psutil.pid_exists(pid) for pid in started)
+
+
+@pytest.mark.parametrize(
+    ("program", "how"),
+    [
+        pytest.param(["/nowhere/python"], "No such file or directory", id="there is none"),
+        pytest.param([sys.executable, "-c", "import os; os.abort()"], "SIGABRT", id="it crashes"),
+        pytest.param([sys.executable, "-c", ""], "exit code 0", id="it ends"),
+        pytest.param([sys.executable, "-c", "input()"], "exit code 1", id="it tells by its exit code"),
+        pytest.param([sys.executable, "-c", "import signal; signal.pause()"], "SIGKILL", id="it hangs"),
+    ],
+)
+def test_a_program_that_does_not_come_up(logs: Path, program: list[str], how: str) -> None:
+    log = logs / f"program-{how.replace(' ', '-')}.log"
+    with running([sys.executable, "-c", SUPERVISES, *program], log) as supervisor:
+        assert supervisor.wait() == 1
+        sentences = [line for line in sentences_of(supervisor) if line.startswith("doorward: ")]
+    # Exit code 1 is a worker's that has told what is wrong.
+    told = [f"doorward: worker 1 (port 1) ended before it served ({how}): mend what its lines above tell of"]
+    assert sentences == ([] if how == "exit code 1" else told)
 
 
 # The end
