@@ -472,7 +472,10 @@ def supervise(
     policy: RestartPolicy | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Run `workers` servers, each an ordinary `doorward serve`, until SIGTERM or SIGINT; SIGHUP replaces them."""
+    """Run `workers` servers, each an ordinary `doorward serve`, until SIGTERM or SIGINT; SIGHUP replaces them.
+
+    Their ports stay theirs while they are away: else an outgoing connection of any program may take one.
+    """
     options = ["--home", str(settings.home), "serve", "--work" if works else "--no-work", "--json"]
     launches = [
         # -X worker does nothing but show in `ps`; -P keeps the working directory out of the import path.
@@ -498,7 +501,10 @@ def supervise(
         if on_ready is not None:
             on_ready({"home": str(settings.home), "workers": sockets})
 
-    supervisor.run(tell)
+    with contextlib.ExitStack() as held:
+        for port in settings.ports:
+            held.enter_context(_hold(settings.grpc.host, port))
+        supervisor.run(tell)
 
 
 def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -549,9 +555,7 @@ def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Setti
         else:
             for_services.add_secure_port(address, _credentials(tls))
     except RuntimeError:
-        raise OperatorError(
-            f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
-        ) from None
+        raise _cannot_listen(address) from None
     path = settings.socket
     if _is_served(path):
         raise OperatorError(f"another server answers on {path}: stop it or set DOORWARD_GRPC_SOCKET")
@@ -570,6 +574,27 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
     if tls.clients is None:
         return grpc.ssl_server_credentials([pair])
     return grpc.ssl_server_credentials([pair], tls.clients.text, require_client_auth=True)
+
+
+def _hold(host: str, port: int) -> socket.socket:
+    """Bind a port and do not listen, which leaves it to those who listen with SO_REUSEADDR, as gRPC does."""
+    holder = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        holder = socket.socket(family, kind, protocol)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+    except OSError:
+        if holder is not None:
+            holder.close()
+        raise _cannot_listen(f"{host}:{port}") from None
+    return holder
+
+
+def _cannot_listen(address: str) -> OperatorError:
+    return OperatorError(
+        f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
+    )
 
 
 def _is_served(path: Path) -> bool:

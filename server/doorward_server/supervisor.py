@@ -241,7 +241,7 @@ class Supervisor:
         worker.failures += 1
         self._log.warning("worker ended", **worker.fields, how=how, failures=worker.failures)
         if not self._all_have_served:
-            raise OperatorError(f"{worker.name} ended before it served ({how}): mend what its lines above tell of")
+            raise OperatorError(f"{worker.name} ended at the start ({how}): mend what its lines above tell of")
         if worker.state is not _State.SERVING and self._outdated is not None:
             self._outdated = None
             self._log.error("replacing stopped: the new worker does not come up, see its lines", **worker.fields)
@@ -267,7 +267,8 @@ class Supervisor:
         for worker in self._workers:
             if worker.state is _State.AWAY:
                 worker.failures, worker.until = 0, 0.0
-        self._outdated = [worker for worker in self._workers if worker.state is not _State.AWAY]
+        up = {_State.STARTING, _State.SERVING}
+        self._outdated = [worker for worker in self._workers if worker.state in up]
 
     def _replace_next(self) -> None:
         """Drain the next one, once all serve and the gateway knows it."""

@@ -189,15 +189,15 @@ def loaded(stack: Stack, person: Person, callers: int) -> Iterator[Load]:
 
 
 @pytest.mark.parametrize(
-    ("number", "most_failures"),
+    "number",
     [
-        # A killed server takes with it what it was working on: one request a caller.
-        pytest.param(signal.SIGKILL, 4, id="killed"),
+        # What a killed server was working on, the other one is asked, for these are reads.
+        pytest.param(signal.SIGKILL, id="killed"),
         # One that is told to stop tells the gateway first, and by default waits until that has looked.
-        pytest.param(signal.SIGTERM, 0, id="drained"),
+        pytest.param(signal.SIGTERM, id="drained"),
     ],
 )
-def test_one_of_two_servers_goes(home: Stack, person: Person, number: int, most_failures: int) -> None:
+def test_one_of_two_servers_goes(home: Stack, person: Person, number: int) -> None:
     port = free_port()
     stack = front(home, socket_of(home, home.grpc_port), socket_of(home, port), DOORWARD_GRPC_DRAIN_WAIT="")
     with stack.gateway(), stack.server(port) as server:
@@ -206,9 +206,7 @@ def test_one_of_two_servers_goes(home: Stack, person: Person, number: int, most_
             server.signal(number)
             server.wait()
             load.await_answers(200)
-        failures = [status for status in load.statuses if status != 200]
-        assert len(failures) <= most_failures
-        assert set(failures) <= {503}
+        assert set(load.statuses) == {200}
 
 
 # What the server and upstreams say, as HTTP

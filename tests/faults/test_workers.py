@@ -8,6 +8,7 @@ import pty
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ CALLBACK = f"{STATUS}/oauth2callback"
 WORKERS = 2
 # For tests without load, which need not wait for a gateway to notice.
 AT_ONCE = {"DOORWARD_GATEWAY_DRAIN_WAIT": "0", "DOORWARD_GRPC_DRAIN_WAIT": "0"}
+IP_LOCAL_PORT_RANGE = 51  # linux/in.h, since Linux 6.3
 # Less than the provider's timeout in the stack's settings.
 SLOW = 0.6
 # The command line, but for a policy of restarts that ends soon.
@@ -217,7 +219,8 @@ def test_all_are_replaced_and_no_request_fails(make: Make, soaking: bool) -> Non
 
 def test_a_killed_worker_takes_only_what_it_was_doing(make: Make, soaking: bool) -> None:
     stack, kills, callers = make(), 20 if soaking else 2, 6
-    with stack.server() as supervisor, stack.gateway() as gateway:
+    # Whoever is killed again and again is not waited for longer and longer here.
+    with impatient(stack) if soaking else stack.server() as supervisor, stack.gateway() as gateway:
         await_healthy(stack)
         with loaded(stack, callers) as load:
             await_answers_of_all(stack, gateway)
@@ -296,7 +299,7 @@ def test_one_more_signal_begins_anew(make: Make) -> None:
         supervisor.signal(signal.SIGHUP)
         await_event(supervisor, "all workers replaced")
         drained = [line["port"] - stack.grpc_port for line in lines_of(supervisor, "draining")]
-        # The second one, which was on its way out, is not drained twice unless its successor was there already.
+        # The second one was on its way out: it is not drained twice unless its successor was there already.
         assert drained in ([0, 1, 0], [0, 1, 0, 1])
 
 
@@ -354,11 +357,29 @@ def test_a_port_in_use_is_one_sentence(make: Make, worker: int) -> None:
         log = stack.logs / f"refused-{port}.log"
         with running([BIN / "doorward", "serve"], log, stack.environment) as supervisor:
             assert supervisor.wait() == 1
-            [sentence] = sentences_of(supervisor)
-            assert sentence.startswith(f"doorward: cannot listen on 127.0.0.1:{port}: the port is in use")
-            started = [line["pid"] for line in lines_of(supervisor, "worker started")]
-    assert len(started) == worker
-    assert not any(psutil.pid_exists(pid) for pid in started)
+            sentence = f"doorward: cannot listen on 127.0.0.1:{port}: the port is in use or not allowed."
+            assert supervisor.output() == f"{sentence} Stop its owner or set DOORWARD_GRPC_PORT\n"
+
+
+def test_a_worker_s_port_is_its_own_while_it_is_away(make: Make) -> None:
+    """An outgoing connection that has it would keep the successor from listening."""
+    stack = make(**AT_ONCE)
+    with stack.server() as supervisor, socket.create_server(("127.0.0.1", 0)) as listener:
+        os.kill(supervisor.pid, signal.SIGSTOP)  # so that there is no successor at once
+        try:
+            worker = workers_of(supervisor)[stack.grpc_port]
+            worker.kill()
+            await_condition(lambda: worker.status() == psutil.STATUS_ZOMBIE, "the worker's end")
+            with socket.socket() as outgoing:
+                # The only port that this socket may take by itself.
+                only = struct.pack("HH", stack.grpc_port, stack.grpc_port)
+                outgoing.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, only)
+                with pytest.raises(OSError, match="Cannot assign requested address"):
+                    outgoing.connect(listener.getsockname())
+        finally:
+            os.kill(supervisor.pid, signal.SIGCONT)
+        await_event(supervisor, "serving", WORKERS + 1)
+        assert sentences_of(supervisor) == []
 
 
 @pytest.mark.parametrize(
@@ -377,7 +398,7 @@ def test_a_program_that_does_not_come_up(logs: Path, program: list[str], how: st
         assert supervisor.wait() == 1
         sentences = [line for line in sentences_of(supervisor) if line.startswith("doorward: ")]
     # Exit code 1 is a worker's that has told what is wrong.
-    told = [f"doorward: worker 1 (port 1) ended before it served ({how}): mend what its lines above tell of"]
+    told = [f"doorward: worker 1 (port 1) ended at the start ({how}): mend what its lines above tell of"]
     assert sentences == ([] if how == "exit code 1" else told)
 
 
