@@ -220,16 +220,16 @@ def test_all_are_replaced_and_no_request_fails(make: Make, soaking: bool) -> Non
 def test_a_killed_worker_takes_only_what_it_was_doing(make: Make, soaking: bool) -> None:
     stack, kills, callers = make(), 20 if soaking else 2, 6
     # Whoever is killed again and again is not waited for longer and longer here.
-    with impatient(stack) if soaking else stack.server() as supervisor, stack.gateway() as gateway:
+    with impatient(stack) if soaking else stack.server() as supervisor, stack.gateway():
         await_healthy(stack)
         with loaded(stack, callers) as load:
-            await_answers_of_all(stack, gateway)
+            await_answers_of_all(stack)
             for number in range(1, kills + 1):
                 victim = random.choice(list(workers_of(supervisor).values()))
                 victim.kill()
                 await_event(supervisor, "worker ended", number)
-                await_event(supervisor, "worker started", WORKERS + number)
-                await_answers_of_all(stack, gateway)
+                await_event(supervisor, "serving", WORKERS + number)
+                await_answers_of_all(stack)
         # Reads are asked of the other worker; a caller of the rest has one request under way.
         assert load.failures.total() <= kills * callers // 3
         assert {method for method, _ in load.failures} <= {"POST"}
@@ -238,11 +238,29 @@ def test_a_killed_worker_takes_only_what_it_was_doing(make: Make, soaking: bool)
     print(f"{kills} workers killed: {load.answers.total()} requests, failures: {dict(load.failures)}")
 
 
-def await_answers_of_all(stack: Stack, gateway: Process) -> None:
-    """Until every worker has answered something from now on: Envoy's log says who did."""
-    seen = len(gateway.output())
-    sockets = {f"doorward-{stack.grpc_port + number}.sock" for number in range(WORKERS)}
-    await_condition(lambda: all(one in gateway.output()[seen:] for one in sockets), "answers of all workers")
+def upstreams_of(stack: Stack) -> dict[str, tuple[bool, int]]:
+    """By their sockets: whether Envoy sends requests there, and how many were answered."""
+    url = f"http://127.0.0.1:{stack.environment['DOORWARD_GATEWAY_ADMIN_PORT']}/clusters?format=json"
+    [cluster] = httpx.get(url, trust_env=False).json()["cluster_statuses"]
+    return {
+        host["address"]["pipe"]["path"]: (
+            host["health_status"] == {"eds_health_status": "HEALTHY"},
+            sum(int(one.get("value", 0)) for one in host["stats"] if one["name"] == "rq_success"),
+        )
+        for host in cluster["host_statuses"]
+    }
+
+
+def await_answers_of_all(stack: Stack) -> None:
+    """Until Envoy takes every worker for healthy, and every one has answered since."""
+    await_condition(lambda: all(healthy for healthy, _ in upstreams_of(stack).values()), "healthy workers")
+    before = upstreams_of(stack)
+    assert len(before) == WORKERS
+
+    def all_answered() -> bool:
+        return all(count > before[path][1] for path, (_, count) in upstreams_of(stack).items())
+
+    await_condition(all_answered, "answers of all workers")
 
 
 def test_calls_under_way_are_given_their_time(make: Make, provider: SandboxProvider) -> None:
