@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -20,6 +21,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on, and that no outgoing connection gets by itself."""
+    while True:
+        first = secrets.choice(
+            range(20_000, 32_000)
+        )  # not by the random numbers that tests in other processes have, too
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def await_condition(condition: Callable[[], bool], what: str, patience: float = _PATIENCE) -> None:

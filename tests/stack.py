@@ -113,6 +113,8 @@ class Stack:
     logs: Path
     provider: SandboxProvider
     secrets: set[str]
+    # Server processes under one supervisor, on as many ports from `grpc_port` on.
+    workers: int = 1
     grpc_port: int = field(default_factory=free_port)
     gateway_port: int = field(default_factory=free_port)
     environment: dict[str, str] = field(default_factory=dict)
@@ -123,6 +125,7 @@ class Stack:
         self.environment = {
             "DOORWARD_HOME": str(self.home),
             "DOORWARD_GRPC_PORT": str(self.grpc_port),
+            "DOORWARD_WORKERS": str(self.workers),
             "DOORWARD_GATEWAY_PORT": str(self.gateway_port),
             "DOORWARD_GATEWAY_ADMIN_PORT": str(free_port()),
             "DOORWARD_GATEWAY_RATE_LIMIT": "0",
@@ -185,7 +188,7 @@ class Stack:
         environment = self.environment | {"DOORWARD_GRPC_PORT": str(port or self.grpc_port)}
         log = self.logs / f"server-{port or self.grpc_port}.log"
         with running([BIN / "doorward", "serve"], log, environment) as process:
-            process.await_output('"serving"')
+            process.await_output('"serving"' if self.workers == 1 else '"all workers serve"')
             yield process
 
     @contextlib.contextmanager

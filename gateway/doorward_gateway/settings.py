@@ -21,7 +21,8 @@ from pydantic_settings import (
 )
 
 PREFIX = "DOORWARD_"
-Port = Annotated[int, Field(ge=1, le=65535)]
+_LAST_PORT = 65535
+Port = Annotated[int, Field(ge=1, le=_LAST_PORT)]
 
 
 class GatewayError(Exception):
@@ -45,7 +46,7 @@ class GatewaySection(BaseModel):
     trusted_hops: int = Field(0, ge=0, le=16)
     # Envoy's administration, which must never be reachable from outside.
     admin_port: Port = 9901
-    # `unix:PATH` or host:port of each server; unset: the Unix socket in the home.
+    # `unix:PATH` or host:port of each server; unset: the Unix socket of each worker in the home.
     upstreams: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     # TLS to servers at host:port: the authorities of their certificates, and the name (a DNS subject
     # alternative name) that these hold.
@@ -88,6 +89,8 @@ class Settings(BaseSettings):
 
     home: Path
     config: Path
+    # How many servers there are on this machine, each with a Unix socket of its own.
+    workers: int = Field(1, ge=1, le=64)
     gateway: GatewaySection = GatewaySection()
     grpc: GrpcSection = GrpcSection()
 
@@ -137,10 +140,27 @@ class Settings(BaseSettings):
         """A path of the settings, which is relative to their file."""
         return self.config.parent / path
 
+    @model_validator(mode="after")
+    def _workers_have_places(self) -> "Settings":
+        if self.workers > 1 and self.grpc.socket is not None:
+            raise ValueError(
+                "[grpc] socket (or DOORWARD_GRPC_SOCKET) is for one worker, and the sockets of several are named after "
+                "their ports: remove it, or set workers to 1"
+            )
+        if (last := self.grpc.port + self.workers - 1) > _LAST_PORT:
+            raise ValueError(
+                f"workers ({self.workers}) take as many ports from [grpc] port ({self.grpc.port}) on, and there is no "
+                f"port {last}: lower the one or the other"
+            )
+        return self
+
     @property
     def upstreams(self) -> tuple[str, ...]:
-        socket = self.grpc.socket or self.home / f"doorward-{self.grpc.port}.sock"
-        return self.gateway.upstreams or (f"unix:{socket}",)
+        if self.gateway.upstreams:
+            return self.gateway.upstreams
+        if self.grpc.socket:
+            return (f"unix:{self.grpc.socket}",)
+        return tuple(f"unix:{self.home}/doorward-{self.grpc.port + number}.sock" for number in range(self.workers))
 
 
 def checkout() -> Path | None:
@@ -168,6 +188,8 @@ def _sentence(config: Path, problem: Any) -> str:
     if not where:
         return f"{config}: {what.removeprefix('Value error, ')}"
     section, key = where[0], ".".join(where[1:])
+    if not key:
+        return f"{config}: {section} (or {PREFIX}{section.upper()}): {what}"
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, GatewaySection.model_fields, n=1)
         what = "is not a setting" + (f" (did you mean {close[0]}?)" if close else "") + ": mend or remove it"

@@ -4,9 +4,10 @@ import contextlib
 import gc
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,7 +59,8 @@ from doorward_server.rpc.peers import Peers
 from doorward_server.rpc.policy import read_policies
 from doorward_server.service_tokens import ServiceTokens
 from doorward_server.sessions import Sessions, expired_sessions
-from doorward_server.settings import Settings
+from doorward_server.settings import Settings, worker_environment
+from doorward_server.supervisor import Launch, RestartPolicy, Supervisor
 from doorward_server.tls import ServerTls, is_loopback, read_tls
 from doorward_server.upkeep import FOR_EVER, Routine, Sweep, Sweeper
 from doorward_server.users import Users
@@ -81,8 +83,11 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 _FLUSH_SECONDS = 15.0
+_POLL_SECONDS = 0.05
+# What a drained server takes at most to end.
+_END_SECONDS = 1.0
 
 
 class App:
@@ -458,7 +463,8 @@ class Server:
     works: bool = True  # also does the jobs
 
     def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. `on_ready` is told where, once calls are answered."""
+        """Serve until SIGTERM or SIGINT, then drain; on SIGQUIT, calls under way get all the time that the gateway
+        gives them. `on_ready` is told where, once calls are answered."""
         with _awaited_signals(), self.app.serving_metrics(), self.app.database.listening():
             self._serve(on_ready)
 
@@ -484,23 +490,36 @@ class Server:
         log.info("serving", **where)
         if on_ready is not None:
             on_ready(where)
-        signal.sigwait(_STOP_SIGNALS)
+        has_time = signal.sigwait(_STOP_SIGNALS) == signal.SIGQUIT
         stop.set()
-        log.info("draining")
+        log.info("draining", port=settings.grpc.port)
         health_servicer.enter_graceful_shutdown()
         # The gateway's health check has to notice before calls are refused.
         threading.Event().wait(settings.grpc.drain_wait)
-        grace = settings.grpc.drain_grace
         # The socket before the port: a successor that gets the port makes a socket of its own, which
         # is not to be removed any more. gRPC removes ours when it stops listening.
-        stopped = [server.stop(grace) for server in (for_gateway, for_services)]
+        servers = (for_gateway, for_services)
+        if has_time:
+            self._end_calls_in_time_or_when_told(servers, settings.gateway.timeout)
+        self._end_calls(servers, settings.grpc.drain_grace)
+        self.app.outbound.close()
+        self.app.callback_outbound.close()
+        log.info("stopped", port=settings.grpc.port)
+
+    def _end_calls(self, servers: Sequence[grpc.Server], grace: float) -> None:
+        """Take in no more calls and jobs; those under way have `grace` seconds, also if they had more before."""
+        stopped = [server.stop(grace) for server in servers]
         if self.works:
             self.app.finish_work(grace)
         for one in stopped:
             one.wait()
-        self.app.outbound.close()
-        self.app.callback_outbound.close()
-        log.info("stopped")
+
+    def _end_calls_in_time_or_when_told(self, servers: Sequence[grpc.Server], grace: float) -> None:
+        """The same, until a further signal says that there is no time for it."""
+        ending = threading.Thread(target=self._end_calls, args=(servers, grace), name="ending", daemon=True)
+        ending.start()
+        while ending.is_alive() and signal.sigtimedwait(_STOP_SIGNALS, _POLL_SECONDS) is None:
+            pass
 
     def _build(self, interceptor: CallInterceptor, health_servicer: health.HealthServicer) -> grpc.Server:
         settings = self.app.settings.grpc
@@ -513,6 +532,48 @@ class Server:
         self.app.add_services(server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         return server
+
+
+def supervise(
+    settings: Settings,
+    *,
+    works: bool,
+    policy: RestartPolicy | None = None,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Run `workers` servers, each an ordinary `doorward serve`, until SIGTERM or SIGINT; SIGHUP replaces them.
+
+    Their ports stay theirs while they are away: else an outgoing connection of any program may take one.
+    """
+    options = ["--home", str(settings.home), "serve", "--work" if works else "--no-work", "--json"]
+    launches = [
+        # -X worker does nothing but show in `ps`; -P keeps the working directory out of the import path.
+        Launch(
+            port,
+            [sys.executable, "-P", "-X", f"worker={port}", "-m", "doorward_server", *options],
+            worker_environment(settings, port),
+        )
+        for port in settings.ports
+    ]
+    sockets = [{"port": port, "socket": str(settings.socket_at(port))} for port in settings.ports]
+    drain_wait = settings.grpc.drain_wait
+    supervisor = Supervisor(
+        launches,
+        policy=policy or RestartPolicy(),
+        stop_patience=drain_wait + settings.grpc.drain_grace + _END_SECONDS,
+        replace_patience=drain_wait + settings.gateway.timeout + settings.grpc.drain_grace + _END_SECONDS,
+        settle=drain_wait,
+        log=make_log(settings.log.level),
+    )
+
+    def tell() -> None:
+        if on_ready is not None:
+            on_ready({"home": str(settings.home), "workers": sockets})
+
+    with contextlib.ExitStack() as held:
+        for port in settings.ports:
+            held.enter_context(_hold(settings.grpc.host, port))
+        supervisor.run(tell)
 
 
 def run_worker(app: App, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -565,9 +626,7 @@ def _listen(for_services: grpc.Server, for_gateway: grpc.Server, settings: Setti
         else:
             for_services.add_secure_port(address, _credentials(tls))
     except RuntimeError:
-        raise OperatorError(
-            f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
-        ) from None
+        raise _cannot_listen(address) from None
     path = settings.socket
     if _is_served(path):
         raise OperatorError(f"another server answers on {path}: stop it or set DOORWARD_GRPC_SOCKET")
@@ -586,6 +645,27 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
     if tls.clients is None:
         return grpc.ssl_server_credentials([pair])
     return grpc.ssl_server_credentials([pair], tls.clients.text, require_client_auth=True)
+
+
+def _hold(host: str, port: int) -> socket.socket:
+    """Bind a port and do not listen, which leaves it to those who listen with SO_REUSEADDR, as gRPC does."""
+    holder = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        holder = socket.socket(family, kind, protocol)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+    except OSError:
+        if holder is not None:
+            holder.close()
+        raise _cannot_listen(f"{host}:{port}") from None
+    return holder
+
+
+def _cannot_listen(address: str) -> OperatorError:
+    return OperatorError(
+        f"cannot listen on {address}: the port is in use or not allowed. Stop its owner or set DOORWARD_GRPC_PORT"
+    )
 
 
 def _is_served(path: Path) -> bool:

@@ -46,6 +46,7 @@ _SOCKET_PATH_BYTES = 107
 # A host's name (RFC 1123, section 2.1), which neither an address nor a wildcard is.
 _DNS_NAME = re.compile(r"(?:[A-Za-z0-9-]{1,63}\.)*(?=[0-9-]*[A-Za-z])[A-Za-z0-9-]{1,63}")
 _HOUR = 3600.0
+_LAST_PORT = 65535
 _TEN_YEARS = 10 * 365 * 86400.0
 
 
@@ -55,7 +56,7 @@ def _no_boolean(value: object) -> object:
     return value
 
 
-Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=65535)]
+Port = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=_LAST_PORT)]
 Seconds = Annotated[float, Field(gt=0, le=_TEN_YEARS, allow_inf_nan=False)]
 # 0 stands for something else, as each setting says.
 SecondsOrNone = Annotated[float, Field(ge=0, le=_TEN_YEARS, allow_inf_nan=False)]
@@ -272,6 +273,8 @@ class Settings(BaseSettings):
     # Where browsers find the gateway (unset: its own address), and the other origins that may call it.
     public_url: HttpUrl | None = None
     allowed_origins: Annotated[tuple[HttpUrl, ...], NoDecode, BeforeValidator(_split)] = ()
+    # Server processes, on as many TCP ports from [grpc] port on, each with the Unix socket of its port.
+    workers: int = Field(1, ge=1, le=64)
 
     database: DatabaseSection = DatabaseSection()
     grpc: GrpcSection = GrpcSection()
@@ -335,22 +338,48 @@ class Settings(BaseSettings):
         if self.grpc.drain_wait + self.grpc.drain_grace > 4:  # noqa: PLR2004
             raise ValueError("[grpc] drain_wait and drain_grace have to end within 4 s together: lower one")
         self._check_tls()
-        for name, port in (("grpc", self.grpc.port), ("gateway", self.gateway.port)):
-            if self.metrics.port == port:
-                raise ValueError(
-                    f"[metrics] port (DOORWARD_METRICS_PORT) is that of [{name}], {port}: choose another one"
-                )
+        self._check_metrics()
         if not self.database_url.startswith(("sqlite:////", "postgresql://")):
             raise ValueError(
                 "[database] url (or DOORWARD_DATABASE_URL) has to be sqlite:/// and an absolute path, "
                 "such as sqlite:////var/lib/doorward/doorward.db, or postgresql://USER:PASSWORD@HOST/DATABASE"
             )
-        if len(os.fsencode(self.socket)) > _SOCKET_PATH_BYTES:
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_places(self) -> "Settings":
+        if self.workers > 1 and self.grpc.socket is not None:
             raise ValueError(
-                f"the path of the Unix socket, {self.socket}, is longer than {_SOCKET_PATH_BYTES} bytes: "
-                "set [grpc] socket (DOORWARD_GRPC_SOCKET) to a shorter one"
+                "[grpc] socket (or DOORWARD_GRPC_SOCKET) is for one worker, and the sockets of several are named after "
+                "their ports: remove it, or set workers to 1"
+            )
+        last = self.ports[-1]
+        if last > _LAST_PORT:
+            raise ValueError(
+                f"workers ({self.workers}) take as many ports from [grpc] port ({self.grpc.port}) on, and there is no "
+                f"port {last}: lower the one or the other"
+            )
+        if len(os.fsencode(self.socket_at(last))) > _SOCKET_PATH_BYTES:
+            mend = "set [grpc] socket (DOORWARD_GRPC_SOCKET) to a shorter one"
+            raise ValueError(
+                f"the path of the Unix socket, {self.socket_at(last)}, is longer than {_SOCKET_PATH_BYTES} bytes: "
+                + (mend if self.workers == 1 else "choose a home with a shorter path")
             )
         return self
+
+    def _check_metrics(self) -> None:
+        if self.metrics.port is None:
+            return
+        ours = range(self.metrics.port, self.metrics.port + self.workers)
+        for name, ports in (("grpc", self.ports), ("gateway", (self.gateway.port,))):
+            if taken := sorted({*ours} & {*ports}):
+                raise ValueError(
+                    f"[metrics] port (DOORWARD_METRICS_PORT) is that of [{name}], {taken[0]}"
+                    + (f" (each of {self.workers} workers has one)" if self.workers > 1 else "")
+                    + ": choose another one"
+                )
+        if ours[-1] > _LAST_PORT:
+            raise ValueError(f"[metrics] port and workers ask for a port {ours[-1]}, which there is not: lower one")
 
     def _check_tls(self) -> None:
         grpc = self.grpc
@@ -426,7 +455,16 @@ class Settings(BaseSettings):
 
     @property
     def socket(self) -> Path:
-        return self.grpc.socket or self.home / f"doorward-{self.grpc.port}.sock"
+        return self.socket_at(self.grpc.port)
+
+    def socket_at(self, port: int) -> Path:
+        """The Unix socket of the worker with this TCP port."""
+        return self.grpc.socket or self.home / f"doorward-{port}.sock"
+
+    @property
+    def ports(self) -> range:
+        """The TCP port of each worker."""
+        return range(self.grpc.port, self.grpc.port + self.workers)
 
     @property
     def key_file(self) -> Path:
@@ -480,13 +518,22 @@ def places(home: Path | None = None) -> tuple[Path, Path]:
     return home, Path(config).absolute() if config else home / "doorward.toml"
 
 
-def load(home: Path | None = None, config: Path | None = None) -> Settings:
+def worker_environment(settings: Settings, port: int) -> dict[str, str]:
+    """The environment of one worker of several: this process's, but for what each has of its own."""
+    own = {"WORKERS": "1", "GRPC_PORT": str(port), "GRPC_SOCKET": str(settings.socket_at(port))}
+    if settings.metrics.port is not None:
+        own["METRICS_PORT"] = str(settings.metrics.port + port - settings.grpc.port)
+    return {**os.environ, **{f"{PREFIX}{name}": value for name, value in own.items()}}
+
+
+def load(home: Path | None = None, config: Path | None = None, *, workers: int | None = None) -> Settings:
     """Read the settings, of another file than the usual one if need be.
 
-    OperatorError says which one is wrong and how to mend it.
+    `workers`: as the command line says, which wins. OperatorError says which one is wrong and how to mend it.
     """
     home, usual = places(home)
     config = config or usual
+    given: dict[str, Any] = {} if workers is None else {"workers": workers}
     if not home.is_dir():
         raise OperatorError(f"there is no home {home}: run `doorward init`, or set DOORWARD_HOME or --home")
     _refuse_unknown_variables()
@@ -495,7 +542,7 @@ def load(home: Path | None = None, config: Path | None = None) -> Settings:
     if config.exists() and not config.is_file():
         raise OperatorError(f"{config} is not a file: the settings file belongs there")
     try:
-        settings = Settings(home=home, config=config)
+        settings = Settings(home=home, config=config, **given)
     except tomllib.TOMLDecodeError as error:
         raise OperatorError(f"{config} is not valid TOML: {error}") from None
     except UnicodeDecodeError:

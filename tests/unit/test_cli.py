@@ -252,6 +252,7 @@ def test_version() -> None:
         pytest.param(("token", "create", "--role", "king"), id="unknown choice"),
         pytest.param(("token", "create", "--role", "bot", "--days", "0"), id="out of range"),
         pytest.param(("serve", "more"), id="too many arguments"),
+        *(pytest.param(("serve", "--workers", number), id=f"{number} workers") for number in ("0", "65", "two")),
         pytest.param(("client", "create"), id="client without a name"),
         *(
             pytest.param(("client", "rotate", "dwc_x", "--overlap-hours", hours), id=f"overlap of {hours} hours")
@@ -416,6 +417,24 @@ def test_serve_on_a_socket_in_no_folder(home: Path) -> None:
 def test_serve_with_wrong_settings(home: Path, here: Here) -> None:
     (home / "doorward.toml").write_text("[grpc]\nprot = 1\n")
     assert_tells(here(home, "serve"), f"{home}/doorward.toml", "did you mean port?")
+
+
+@pytest.mark.parametrize(
+    ("words", "variable"),
+    [(("--workers", "2"), ""), ((), "2"), (("--workers", "2"), "1")],
+    ids=["option", "setting", "option over setting"],
+)
+def test_serve_with_several_workers_on_one_socket(
+    home: Path, here: Here, words: tuple[str, ...], variable: str
+) -> None:
+    environment = {"DOORWARD_GRPC_SOCKET": str(home / "x.sock"), "DOORWARD_WORKERS": variable}
+    assert_tells(here(home, "serve", *words, environment=environment), "DOORWARD_GRPC_SOCKET", "set workers to 1")
+
+
+def test_serve_with_one_worker_is_an_ordinary_server(home: Path) -> None:
+    with taken_port() as environment:
+        done = doorward(home, "serve", "--workers", "1", environment=environment | {"DOORWARD_WORKERS": "2"})
+    assert_tells(done, "the port is in use")
 
 
 # The work, by whom it is done

@@ -107,6 +107,33 @@ def test_whether_browsers_come_by_tls(tmp_path: Path, url: str, https: bool) -> 
     assert load(tmp_path, f"public_url = '{url}'\n").is_https is https
 
 
+@pytest.mark.parametrize(
+    ("text", "option", "ports"),
+    [
+        pytest.param("", None, [50051], id="one"),
+        pytest.param("workers = 3\n", None, [50051, 50052, 50053], id="several"),
+        pytest.param("workers = 3\n[grpc]\nport = 65533\n", None, [65533, 65534, 65535], id="up to the last port"),
+        pytest.param("workers = 3\n", 1, [50051], id="the command line wins"),
+        pytest.param("", 2, [50051, 50052], id="the command line alone"),
+    ],
+)
+def test_each_worker_has_a_port_and_a_socket(tmp_path: Path, text: str, option: int | None, ports: list[int]) -> None:
+    (tmp_path / "doorward.toml").write_text(text)
+    settings = settings_module.load(tmp_path, workers=option)
+    assert list(settings.ports) == ports
+    assert [settings.socket_at(port).name for port in settings.ports] == [f"doorward-{port}.sock" for port in ports]
+
+
+def test_a_worker_of_several_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a supervisor gives its workers beats what it has been given itself, in the file and in the environment."""
+    monkeypatch.setenv("DOORWARD_LOG_LEVEL", "error")
+    several = load(tmp_path, "workers = 4\n")
+    for name, value in settings_module.worker_environment(several, 50053).items():
+        monkeypatch.setenv(name, value)
+    one = load(tmp_path, "workers = 4\n[grpc]\nport = 50051\nsocket = '/x.sock'\n")
+    assert (one.workers, one.grpc.port, one.socket, one.log.level) == (1, 50053, several.socket_at(50053), "error")
+
+
 def test_another_settings_file_can_be_tried(tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text("[limits]\nauth_failures = 7\n")
@@ -369,6 +396,18 @@ _LONG = "/tmp/" + "x" * 103
             id="database in memory",
         ),
         pytest.param(f"[grpc]\nsocket = '{_LONG}'\n", (_LONG, "107", "[grpc] socket", "shorter"), id="long socket"),
+        pytest.param("workers = 0\n", ("workers (or DOORWARD_WORKERS)", "equal to 1"), id="no worker"),
+        pytest.param("workers = 65\n", ("workers (or DOORWARD_WORKERS)", "equal to 64"), id="many workers"),
+        pytest.param(
+            "workers = 3\n[grpc]\nport = 65534\n",
+            ("workers (3)", "[grpc] port (65534)", "65536"),
+            id="ports beyond all",
+        ),
+        pytest.param(
+            "workers = 2\n[grpc]\nsocket = '/x.sock'\n",
+            ("[grpc] socket", "DOORWARD_GRPC_SOCKET", "remove it", "workers to 1"),
+            id="one socket for two",
+        ),
         pytest.param("[limits]\nauth_failures = -1\n", ("[limits] auth_failures", "equal to 0"), id="negative limit"),
         # Refreshing and retention
         pytest.param(

@@ -16,7 +16,7 @@ import typer
 from rich.filesize import decimal
 
 from doorward_server import settings as settings_module
-from doorward_server.app import App, Server, run_worker
+from doorward_server.app import App, Server, run_worker, supervise
 from doorward_server.cli.base import HELP, Json, app_of, print_json, print_list, progress
 from doorward_server.cli.files import create, create_by, read_text
 from doorward_server.crypto import MasterKey
@@ -115,9 +115,18 @@ def init(
     typer.echo(f"ready: {home} (master key {key_id})" if created else f"nothing to do: {home} has all it needs")
 
 
-@cli.command(epilog="Example: doorward serve")
+@cli.command(epilog="Example: doorward serve --workers 2")
 def serve(
     ctx: typer.Context,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Server processes, on as many ports from DOORWARD_GRPC_PORT on; the gateway has to know by "
+            "DOORWARD_WORKERS. SIGHUP replaces one after the other. \\[default: $DOORWARD_WORKERS, or 1]",
+            min=1,
+            max=64,
+        ),
+    ] = None,
     work: Annotated[
         bool,
         typer.Option("--work/--no-work", help="Also do the work in the background: deliveries, refreshes."),
@@ -125,7 +134,11 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run the gRPC server until SIGTERM or Ctrl-C. The log goes to stderr."""
-    Server(app_of(ctx), works=work).run(on_ready=print_json if as_json else None)
+    settings, on_ready = settings_module.load(ctx.obj, workers=workers), print_json if as_json else None
+    if settings.workers > 1:
+        supervise(settings, works=work, on_ready=on_ready)
+        return
+    Server(App(settings), works=work).run(on_ready)
     _end_at_once()
 
 
