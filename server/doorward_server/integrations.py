@@ -532,7 +532,11 @@ class Integrations:
         return left > needed
 
     def _lease_is_free(self, connection: Connection) -> bool:
-        return connection.lease_expires_at is None or connection.lease_expires_at <= self.clock.now()
+        if connection.lease_expires_at is None:
+            return True
+        # No lease ends later than one that begins now, unless the clock was put back: its holder has long ended.
+        left = connection.lease_expires_at - self.clock.now()
+        return not timedelta(0) < left <= self.lease
 
     def _refresh(self, provider: Provider, connection: Connection, min_ttl: timedelta) -> None:
         """Refresh under the lease, if this call gets it; the row then tells how it went."""
