@@ -32,7 +32,7 @@ from doorward.integration.v1 import integration_service_pb2 as pb
 from doorward.integration.v1 import integration_service_pb2_grpc as stubs
 from doorward_server.sessions import COOKIE
 from doorward_server.settings import GrpcSection, JobsSection
-from tests.bench import claiming, consenting, delivering, linking, load, prompting, rest, stack
+from tests.bench import claiming, consenting, delivering, linking, load, postgresql, prompting, rest, stack
 from tests.bench.contenders import Contender, connected, server_contender
 
 _METHOD = "/doorward.integration.v1.IntegrationService/GetKaiStatus"
@@ -48,6 +48,8 @@ _LEAST_OF_ECHO_LOGGING = 0.60
 _LEAST_OF_FASTAPI = 2.5
 _LEAST_OF_IDEAL = 0.8
 _MOST_AT_HALF_RATE = 15.0  # milliseconds: p99
+_LEAST_OF_SQLITE = 0.5
+_SOME, _MOST_OF_MANY = 10_000, 1.3
 _LEAST_OF_GET = 0.5
 _LEAST_OF_INSERT = 0.7
 _LEAST_OF_POST = 0.6
@@ -77,6 +79,7 @@ class Options:
 
     few: int
     many: int
+    most: int  # in PostgreSQL
     rounds: int
     seconds: float
     prompting: float
@@ -235,6 +238,34 @@ def _add_shares(table: Table, site: rest.Site) -> None:
     table.add_row(f"  {' / '.join(shares)}", *[""] * 5, f"{told} µs")
 
 
+def _engines(run: Run) -> None:
+    """Everything has both cores: PostgreSQL's own processes work, too."""
+    options, dice = run.options, random.Random()
+    with contextlib.ExitStack() as opened:
+        enter = opened.enter_context
+        enter(stack.on_core(*run.cores))
+        postgres = enter(postgresql.served())
+        run.say(f"making {options.most:,} rows in PostgreSQL")
+        most, bytes_each = postgresql.make_home(run.folder / "most", postgres, options.most, dice)
+        some, _ = postgresql.make_home(run.folder / "some", postgres, _SOME, dice)
+        contenders = sqlite, in_most, in_some = [
+            _grpc_contender(name, enter(stack.server(home, run.folder, *run.cores, access_log=False))[0], home.cookies)
+            for name, home in (
+                (f"SQLite, {options.many:,} rows", run.many),
+                (f"PostgreSQL, {options.most:,} rows", most),
+                (f"PostgreSQL, {_SOME:,} rows", some),
+            )
+        ]
+        _measure_rounds(contenders, run)
+    table = run.table
+    _add(table, sqlite, "", "", None, "")
+    _add_ratio(table, in_most, sqlite, "SQLite", _LEAST_OF_SQLITE)
+    ratio = in_some.ratio(in_most)
+    _add(table, in_some, f"{ratio:.2f} of most", f"≤ {_MOST_OF_MANY}", ratio <= _MOST_OF_MANY, "")
+    table.add_row("  storage per connection", f"{bytes_each:.0f} B", "PostgreSQL, with its indexes")
+    table.add_row("", f"{stack.bytes_per_connection(run.many, options.many):.0f} B", "SQLite, likewise")
+
+
 def _linking(run: Run) -> None:
     with linking.contenders(run.folder, *run.cores, connections=_CONNECTIONS, streams=_STREAMS) as (get, link, basic):
         _measure_rounds((get, link), run)
@@ -285,6 +316,7 @@ def _prompts(run: Run) -> None:
 _PARTS: Mapping[str, Callable[[Run], None]] = {
     "status": _status,
     "rest": _rest,
+    "engines": _engines,
     "linking": _linking,
     "requests": _requests,
     "deliveries": _deliveries,
@@ -386,13 +418,14 @@ def _percentiles(latencies: Sequence[float]) -> tuple[float, float]:
 
 def _options() -> Options:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure, and print a table.")
-    parser.add_argument("--quick", action="store_true", help="100,000 connections, 3 short rounds")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the connections, 3 short rounds")
     parser.add_argument("--seconds", type=float, help="the length of a contender's turn in a round")
     parser.add_argument("--only", nargs="+", choices=_PARTS, metavar="PART", help=f"of {', '.join(_PARTS)}")
     given = parser.parse_args()
     many, rounds, seconds, prompting_seconds = (100_000, 3, 1.0, 10.0) if given.quick else (1_000_000, 9, 3.0, 60.0)
+    most = 10 * many
     parts = [part for part in _PARTS if part in (given.only or _PARTS)]
-    return Options(1_000, many, rounds, given.seconds or seconds, prompting_seconds, parts)
+    return Options(1_000, many, most, rounds, given.seconds or seconds, prompting_seconds, parts)
 
 
 def main() -> int:

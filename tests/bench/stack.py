@@ -5,6 +5,7 @@ connections made one by one through the domain would take hours.
 """
 
 import contextlib
+import math
 import os
 import random
 import sqlite3
@@ -24,7 +25,7 @@ KAI = "flo"
 # Each user has a connection to both, and none to the third.
 _PROVIDERS = (KAI, "min")
 UNCONNECTED = "eag"
-_SESSIONS = 200
+SESSIONS = 200
 _YEAR = 365 * 86400 * 10**6
 
 _USERS = """
@@ -51,6 +52,7 @@ class Home:
 
     path: Path
     cookies: Sequence[str]
+    url: str | None = None  # of its database, if that is no file in it
 
     @property
     def database(self) -> Path:
@@ -126,15 +128,32 @@ def make_home(path: Path, connections: int, dice: random.Random) -> Home:
     return Home(path, _seed(path / "doorward.db", connections // len(_PROVIDERS), dice))
 
 
-def _seed(path: Path, users: int, dice: random.Random) -> list[str]:
+def bytes_per_connection(home: Home, connections: int) -> float:
+    """What a connection takes in a home's SQLite file, with its indexes; NaN if this SQLite cannot tell."""
+    statement = "SELECT sum(pgsize) FROM dbstat WHERE name IN (SELECT name FROM sqlite_master WHERE tbl_name = ?)"
+    with contextlib.closing(sqlite3.connect(home.database)) as database:
+        try:
+            (size,) = database.execute(statement, ("connections",)).fetchone()
+        except sqlite3.OperationalError:
+            return math.nan
+    return float(size) / connections
+
+
+def now_and_expiry() -> tuple[int, int]:
+    """The time, and that at which sessions end, as they are stored."""
     now = time.time_ns() // 1000
+    return now, now + _YEAR
+
+
+def _seed(path: Path, users: int, dice: random.Random) -> list[str]:
+    now, expiry = now_and_expiry()
     values = {
         "users": users,
         "now": now,
-        "expiry": now + _YEAR,
+        "expiry": expiry,
         "providers": "[" + ",".join(f'"{name}"' for name in _PROVIDERS) + "]",
     }
-    cookies = [make_secret() for _ in range(min(_SESSIONS, users))]
+    cookies = [make_secret() for _ in range(min(SESSIONS, users))]
     chosen = dice.sample(range(1, users + 1), len(cookies))
     with contextlib.closing(sqlite3.connect(path)) as database:
         # Nobody minds when this database is lost.
@@ -170,6 +189,7 @@ def server(home: Home, logs: Path, *cores: int, access_log: bool) -> Iterator[tu
         "DOORWARD_GRPC_PORT": str(port),
         "DOORWARD_GRPC_DRAIN_WAIT": "0",
         "DOORWARD_LOG_ACCESS": str(access_log).lower(),
+        **({"DOORWARD_DATABASE_URL": home.url} if home.url else {}),
     }
     with contextlib.ExitStack() as stack:
         with on_core(*cores):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -51,8 +52,8 @@ class SqliteDatabase(Database):
         self.path = path
         engine = peewee.SqliteDatabase(str(path), pragmas=pragmas, timeout=busy_timeout, lock_type="IMMEDIATE")
         super().__init__(engine, f"sqlite:///{path}", str(path), busy_timeout)
-        # Held open, and locked, by every process that uses the database.
-        self._users: int | None = None
+        # Every process that uses the database has locked a file; this lets go of it.
+        self._leave: Callable[[], object] = lambda: None
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[sqlite3.Connection] = []
 
@@ -75,15 +76,14 @@ class SqliteDatabase(Database):
     def _locked(cls, url: str, busy_timeout: float, lock: int, else_: str) -> SqliteDatabase:
         database = cls(cls.path_of(url), busy_timeout)
         database.prepare()
-        # A file of its own: SQLite loses its locks when a process closes the database's file. It stays open
-        # until `close`, or the end of the process.
+        # A file of its own: SQLite loses its locks when a process closes the database's file.
         users = os.open(f"{database.path}-users", os.O_RDWR | os.O_CREAT, 0o600)
+        database._leave = weakref.finalize(database, os.close, users)
         try:
             fcntl.flock(users, lock | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(users)
+            database._leave()
             raise OperatorError(f"the database {database.place} is in use: {else_}") from None
-        database._users = users
         return database
 
     def _transaction(self) -> Any:
@@ -117,9 +117,7 @@ class SqliteDatabase(Database):
         self.engine.close()
         while self._readers:
             self._readers.pop().close()
-        users, self._users = self._users, None  # threads may close it at the same time
-        if users is not None:
-            os.close(users)
+        self._leave()
 
     @property
     def files(self) -> list[Path]:
