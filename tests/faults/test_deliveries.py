@@ -17,11 +17,12 @@ import pytest
 from doorward_server.consents import ERRORS, Question, Status
 from doorward_server.models import ConsentRequest, Delivery
 from tests.contract.test_request_api_key import AT_ONCE, NO_LIMITS, Bot, bot_of, by_form, fields_of, snowflake
-from tests.processes import BIN, Process, await_condition, running
+from tests.processes import BIN, Process, await_condition, free_port, running
 from tests.sandbox.client import SandboxProvider
 from tests.sandbox.receiver import Callback, Receiver, callback_receiver
 from tests.stack import Stack, make_stack
 
+SERVERS, DISPATCHERS = 3, 2
 REQUESTS, KILLS = 20, 5
 SOAK_REQUESTS, SOAK_KILLS = 200, 100
 # A dead worker's claims are free again after the lease, which has to be twice as long as an attempt may take.
@@ -44,20 +45,32 @@ def fault_stack(tmp_path: Path, logs: Path, provider: SandboxProvider, secrets: 
         f"{NO_LIMITS}[callbacks]\nallow = [{json.dumps(receiver.address)}]\n"
         f"schedule = {schedule}\ntimeout = 0.5\nconnect_timeout = 0.5\n[consents]\ntimeout = 3\n"
     )
-    return make_stack(tmp_path / "home", logs, provider, secrets, more, **ENVIRONMENT)
+    stack = make_stack(tmp_path / "home", logs, provider, secrets, more, **ENVIRONMENT)
+    ports = [stack.grpc_port, *(free_port() for _ in range(SERVERS - 1))]
+    upstreams = [f"unix:{stack.home}/doorward-{port}.sock" for port in ports]
+    stack.environment["DOORWARD_GATEWAY_UPSTREAMS"] = ",".join(upstreams)
+    return stack
+
+
+def ports_of(stack: Stack) -> list[int]:
+    """The servers' ports; the first is the one that the bot knows."""
+    sockets = stack.environment["DOORWARD_GATEWAY_UPSTREAMS"].split(",")
+    return [int(socket.rpartition("-")[2].removesuffix(".sock")) for socket in sockets]
 
 
 @contextlib.contextmanager
 def running_role(stack: Stack, role: str, number: int = 0) -> Iterator[Process]:
-    """A server that does no jobs, or a dispatcher."""
+    """A server that does no jobs, on the port of its number, or a dispatcher."""
     arguments, ready = (["serve", "--no-work"], '"serving"') if role == "serve" else (["work"], '"working"')
-    with running([BIN / "doorward", *arguments], stack.logs / f"{role}-{number}.log", stack.environment) as process:
+    environment = stack.environment | {"DOORWARD_GRPC_PORT": str(ports_of(stack)[number])} if role == "serve" else {}
+    log = stack.logs / f"{role}-{number}.log"
+    with running([BIN / "doorward", *arguments], log, stack.environment | environment) as process:
         process.await_output(ready)
         yield process
 
 
 class Killer:
-    """Keeps a server and a dispatcher running, and kills the one or the other at random instants."""
+    """Keeps servers and dispatchers running, and kills one of them at random instants."""
 
     def __init__(self, stack: Stack, kills: int) -> None:
         self._stack = stack
@@ -68,7 +81,11 @@ class Killer:
         self.done = 0
 
     def __enter__(self) -> "Killer":
-        self._exits = {role: self._start(role) for role in ("serve", "work")}
+        roles = [
+            *(("serve", number) for number in range(SERVERS)),
+            *(("work", number) for number in range(DISPATCHERS)),
+        ]
+        self._exits = {role: self._start(*role) for role in roles}
         self._thread.start()
         return self
 
@@ -82,21 +99,21 @@ class Killer:
     def has_finished(self) -> bool:
         return not self._thread.is_alive()
 
-    def _start(self, role: str) -> tuple[Process, ExitStack]:
+    def _start(self, role: str, number: int) -> tuple[Process, ExitStack]:
         exit_stack = ExitStack()
-        return exit_stack.enter_context(running_role(self._stack, role)), exit_stack
+        return exit_stack.enter_context(running_role(self._stack, role, number)), exit_stack
 
     def _run(self) -> None:
         try:
             while self.done < self._kills:
                 if self._finished.wait(random.uniform(0.0, 0.4)):  # the instant is the point, not a condition
                     return
-                role = random.choice(["serve", "work"])
+                role = random.choice([*self._exits])
                 process, running_until = self._exits[role]
                 process.kill()
                 running_until.close()
                 self.done += 1
-                self._exits[role] = self._start(role)
+                self._exits[role] = self._start(*role)
         except BaseException as failure:  # noqa: BLE001 - the test raises it
             self.failure = failure
 

@@ -1,4 +1,4 @@
-"""Refreshing under fire: many callers, two processes, and refreshers that are killed at any instant."""
+"""Refreshing under fire: many callers, three processes, and refreshers that are killed at any instant."""
 
 import concurrent.futures
 import random
@@ -63,8 +63,8 @@ def clients(stack: Stack, ports: list[int], exit_stack: ExitStack) -> list[Clien
 
 
 @pytest.fixture
-def two_servers(fault_stack: Stack) -> Iterator[list[Client]]:
-    ports = [fault_stack.grpc_port, free_port()]
+def servers(fault_stack: Stack) -> Iterator[list[Client]]:
+    ports = [fault_stack.grpc_port, free_port(), free_port()]
     with ExitStack() as exit_stack:
         for port in ports:
             exit_stack.enter_context(fault_stack.server(port))
@@ -80,20 +80,20 @@ def connect_expired(stack: Stack) -> Person:
     return person
 
 
-def test_one_refresh_however_many_ask(fault_stack: Stack, two_servers: list[Client], soaking: bool) -> None:
-    """2 processes with 32 threads each ask at once: the rotating provider sees one refresh per round."""
+def test_one_refresh_however_many_ask(fault_stack: Stack, servers: list[Client], soaking: bool) -> None:
+    """3 processes with 32 threads each ask at once: the rotating provider sees one refresh per round."""
     provider = fault_stack.provider
     for round_number in range(STORM_ROUNDS if soaking else STORM_ROUNDS // 10):
         person = connect_expired(fault_stack)
         provider.configure(latency=random.choice([0.0, 0.05, 0.3]))
-        start = threading.Barrier(len(two_servers) * THREADS)
+        start = threading.Barrier(len(servers) * THREADS)
 
         def ask(client: Client, person: Person = person, start: threading.Barrier = start) -> str:
             start.wait()
             return client.token(person)
 
         with concurrent.futures.ThreadPoolExecutor(start.parties) as pool:
-            tokens = {future.result() for future in [pool.submit(ask, client) for client in two_servers * THREADS]}
+            tokens = {future.result() for future in [pool.submit(ask, client) for client in servers * THREADS]}
         provider.configure(latency=0.0)
         assert len(provider.requests(grant_type="refresh_token")) == round_number + 1
         family = provider.families()[-1]
@@ -101,16 +101,16 @@ def test_one_refresh_however_many_ask(fault_stack: Stack, two_servers: list[Clie
         assert (family["refreshes"], family["reused"], family["revoked"]) == (1, False, False)
 
 
-def test_losers_share_the_winners_failure(fault_stack: Stack, two_servers: list[Client]) -> None:
+def test_losers_share_the_winners_failure(fault_stack: Stack, servers: list[Client]) -> None:
     """A provider that is down is asked once, not once per waiting caller; the pair stays."""
     person = connect_expired(fault_stack)
     fault_stack.provider.fault("token", "hang")
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        outcomes = list(pool.map(lambda client: client.outcome(person), two_servers * 8))
+        outcomes = list(pool.map(lambda client: client.outcome(person), servers * 8))
     assert {outcome.split()[0] for outcome in outcomes} == {"DEADLINE_EXCEEDED"}
     assert len(fault_stack.provider.requests(grant_type="refresh_token")) == 1
     fault_stack.provider.heal()
-    assert two_servers[0].outcome(person) == "OK"
+    assert servers[0].outcome(person) == "OK"
 
 
 def test_a_killed_refresher(fault_stack: Stack, soaking: bool) -> None:
@@ -154,37 +154,37 @@ def _kill_during_refresh(stack: Stack, process: Process, victim: Client, person:
     return refreshes > 0
 
 
-def test_a_slow_refresher_cannot_overwrite(fault_stack: Stack, two_servers: list[Client]) -> None:
+def test_a_slow_refresher_cannot_overwrite(fault_stack: Stack, servers: list[Client]) -> None:
     """A refresher that answers after its lease: the user has connected anew meanwhile, and that stays."""
     person = connect_expired(fault_stack)
     provider = fault_stack.provider
     provider.configure(latency=0.5)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(two_servers[0].token, person)
+        slow = pool.submit(servers[0].token, person)
         await_condition(lambda: len(provider.requests(grant_type="refresh_token")) == 1, "the slow refresh")
         provider.configure(latency=0.0)
         fault_stack.connect(person)
         newest = provider.families()[-1]
         assert slow.result() == newest["access_token"]
-    assert two_servers[1].token(person) == newest["access_token"]
+    assert servers[1].token(person) == newest["access_token"]
     assert (newest["refreshes"], newest["reused"]) == (0, False)
 
 
-def test_disconnected_during_a_refresh(fault_stack: Stack, two_servers: list[Client]) -> None:
+def test_disconnected_during_a_refresh(fault_stack: Stack, servers: list[Client]) -> None:
     """The pair that arrives after the user has disconnected is revoked, not kept."""
     person = connect_expired(fault_stack)
     provider = fault_stack.provider
     provider.configure(latency=0.5)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(two_servers[0].outcome, person)
+        asking = pool.submit(servers[0].outcome, person)
         await_condition(lambda: len(provider.requests(grant_type="refresh_token")) == 1, "the refresh")
         fault_stack.app.integrations.revoke(person.id, "flo")
         assert asking.result().startswith("NOT_FOUND")
     await_condition(lambda: provider.families()[-1]["revoked"], "the revocation")
-    assert two_servers[1].outcome(person).startswith("NOT_FOUND")
+    assert servers[1].outcome(person).startswith("NOT_FOUND")
 
 
-def test_a_dead_holders_lease_runs_out(fault_stack: Stack, two_servers: list[Client]) -> None:
+def test_a_dead_holders_lease_runs_out(fault_stack: Stack, servers: list[Client]) -> None:
     """A lease whose holder is gone delays the next refresh by what is left of it, no more."""
     person = connect_expired(fault_stack)
     app = fault_stack.app
@@ -193,7 +193,7 @@ def test_a_dead_holders_lease_runs_out(fault_stack: Stack, two_servers: list[Cli
     with app.database.writing():
         holding = Connection.update(lease_epoch=Connection.lease_epoch + 1, lease_expires_at=lease_end)
         assert holding.where(Connection.user == person.id).execute() == 1
-    assert two_servers[0].outcome(person) == "OK"
+    assert servers[0].outcome(person) == "OK"
     assert app.clock.now() >= lease_end
     assert len(fault_stack.provider.requests(grant_type="refresh_token")) == 1
 
