@@ -273,7 +273,7 @@ def test_what_is_under_way_ends_before_the_process(ahead_stack: Stack) -> None:
 
 # Retention
 
-OLD = 400
+OLD, SOAK_OLD = 100, 400
 RETENTION = {"DOORWARD_RETENTION_EVERY": "0.2", "DOORWARD_RETENTION_BATCH": "20"}
 RECEIVER = '[callbacks]\nallow = ["127.0.0.1:9"]\n[limits]\nopen_per_user = 0\nrequests_per_address = 0\n'
 CALLBACK = "http://127.0.0.1:9/callback"
@@ -301,11 +301,11 @@ SELECT {user}, CAST(callback AS BLOB), {old}, {old} FROM consent_requests WHERE 
 
 
 def test_what_is_over_goes_while_others_write(
-    tmp_path: Path, logs: Path, provider: SandboxProvider, secrets: set[str]
+    tmp_path: Path, logs: Path, provider: SandboxProvider, secrets: set[str], soaking: bool
 ) -> None:
     """Two servers sweep, and requests, grants and sessions are made meanwhile: none of these is lost or refused."""
     stack = make_stack(tmp_path / "home", logs, provider, secrets, RECEIVER, **RETENTION)
-    app = stack.app
+    app, count = stack.app, SOAK_OLD if soaking else OLD
     user = app.discord_users.obtain("1")
     key = app.api_keys.add(user, "game", "Key", "sekret-api-key", actor="test")
     secrets.add("sekret-api-key")
@@ -315,9 +315,9 @@ def test_what_is_over_goes_while_others_write(
     left = ConsentRequest.select().where(ConsentRequest.name == "old")
     with stack.server() as one, stack.server(free_port()) as other:
         with app.database.writing():
-            for statement in OLD_ROWS.format(rows=OLD, old=old, user=user.id, key=key.id).split(";"):
+            for statement in OLD_ROWS.format(rows=count, old=old, user=user.id, key=key.id).split(";"):
                 app.database.execute(statement, ())
-        while left.count() > OLD * 2 // 5 or Session.select().where(Session.expires_at <= app.clock.now()).exists():
+        while left.count() > count * 2 // 5 or Session.select().where(Session.expires_at <= app.clock.now()).exists():
             started = time.monotonic()
             request_id = app.consents.request(
                 Question(name="new", user_id="1", callback=f"{CALLBACK}/{len(made)}", state=""), None, "192.0.2.1"
@@ -330,12 +330,12 @@ def test_what_is_over_goes_while_others_write(
         for process in (one, other):
             assert not {"sweep failed", "routine failed", "job failed"} & events(process).keys()
         assert events(one)["swept"] + events(other)["swept"] > 0
-    print(f"{OLD} old requests went while {len(made)} were made; the slowest of these took {slowest * 1000:.0f} ms")
+    print(f"{count} old requests went while {len(made)} were made; the slowest of these took {slowest * 1000:.0f} ms")
     assert slowest < 5  # what a writer waits at most: [database] busy_timeout
 
-    assert Counter(row.status for row in left) == {"granted": OLD // 5, "canceled": OLD // 5}
+    assert Counter(row.status for row in left) == {"granted": count // 5, "canceled": count // 5}
     assert ConsentRequest.select().where(ConsentRequest.id.in_(made)).count() == len(made)
-    assert len(app.consents.grants(user)) == OLD // 5 + len(made)
+    assert len(app.consents.grants(user)) == count // 5 + len(made)
     assert len(app.sessions.list(user)) == len(made)
     for table, column, whole in (
         ("delivery_attempts", "delivery_id", "deliveries"),
