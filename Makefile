@@ -60,6 +60,10 @@ lock:  ## resolve the dependencies anew (needs pip-tools in the active environme
 	pip-compile --quiet --strip-extras --all-extras --generate-hashes --allow-unsafe \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
 	  --output-file requirements.lock pyproject.toml
+	pip-compile --quiet --strip-extras --extra server --extra gateway --extra bot --build-deps-for wheel \
+	  --constraint requirements.lock --generate-hashes --allow-unsafe \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	  --output-file deploy/compose/requirements.lock pyproject.toml
 
 clean:  ## remove what the other targets made, but not var/
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
