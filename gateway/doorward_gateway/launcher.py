@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -127,7 +128,12 @@ def _refuse_used_port(host: str, port: int, variable: str) -> None:
 
 
 def _prepare_child() -> None:
-    """In the child: let signals through again, and have the kernel stop it when the launcher dies, even by SIGKILL."""
+    """In the child: let signals through again, and have the kernel stop it when the launcher dies, even by SIGKILL.
+
+    Its threads wait for their turn when they wake up, and interrupt nobody (SCHED_BATCH, see decision 14).
+    """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        with contextlib.suppress(OSError):  # not allowed here: then it is a little slower
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import signal
 import socket
 import sys
@@ -470,6 +471,7 @@ class Server:
 
     def _serve(self, on_ready: Callable[[dict[str, Any]], None] | None) -> None:
         settings, log = self.app.settings, self.app.log
+        _let_others_finish()
         stop = threading.Event()
         self.app.record_key()
         self.app.check_providers()
@@ -602,6 +604,13 @@ def _awaited_signals() -> Iterator[None]:
     except OperatorError:  # after a drain, further signals must not count any more
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise
+
+
+def _let_others_finish() -> None:
+    """Whoever wakes up waits for its turn, and interrupts nobody (SCHED_BATCH, see decision 14); threads inherit it."""
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(OSError):  # not allowed here: then it is a little slower
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _spare_the_collector() -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from tests.processes import BIN, await_condition, clean_environment
@@ -144,3 +145,11 @@ def test_a_successor_keeps_its_socket(hostile_stack: Stack) -> None:
                 assert (stack.home / f"doorward-{stack.grpc_port}.sock").exists()
                 await_condition(lambda: rest(stack, "GET", "/healthz").status_code == 200, "the successor")
                 assert_quick(stack, person)
+
+
+def test_threads_that_wake_up_wait_for_their_turn(hostile_stack: Stack) -> None:
+    """Those of the server and of Envoy; else they interrupt each other all the time."""
+    with hostile_stack.server() as server, hostile_stack.gateway() as gateway:
+        (envoy,) = psutil.Process(gateway.pid).children()
+        threads = [thread.id for pid in (server.pid, envoy.pid) for thread in psutil.Process(pid).threads()]
+        assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
