@@ -16,19 +16,15 @@ _PATIENCE = 30.0
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of 127.0.0.1 that nobody listens on, and that no outgoing connection gets by itself."""
+    return free_ports(1)
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on, and that no outgoing connection gets by itself."""
+    """The first of so many such ports in a row."""
     while True:
-        first = secrets.choice(
-            range(20_000, 32_000)
-        )  # not by the random numbers that tests in other processes have, too
+        # Not by the random numbers that tests in other processes have, too.
+        first = secrets.choice(range(20_000, 32_000))
         with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))

@@ -18,7 +18,7 @@ import pytest
 
 from tests.contract.test_request_api_key import ALLOWED, CALLBACK, NO_LIMITS, snowflake
 from tests.engines import IN_TESTS, Postgresql, postgresql_server
-from tests.processes import BIN, await_condition, running
+from tests.processes import BIN, await_condition, free_port, running
 from tests.sandbox.client import SandboxProvider
 from tests.stack import Person, Stack, make_stack
 
@@ -41,10 +41,11 @@ def away_stack(
     """Two servers, a worker and a gateway on one PostgreSQL."""
     database = f'[database]\nurl = "{postgresql.new_database()}"\nbusy_timeout = 2\n'
     stack = make_stack(tmp_path / "home", logs, provider, secrets, f"{NO_LIMITS}{ALLOWED}{database}")
-    sockets = [f"unix:{stack.home}/doorward-{port}.sock" for port in (stack.grpc_port, stack.grpc_port + 1)]
+    other = free_port()
+    sockets = [f"unix:{stack.home}/doorward-{port}.sock" for port in (stack.grpc_port, other)]
     stack.environment["DOORWARD_GATEWAY_UPSTREAMS"] = ",".join(sockets)
     work = running([BIN / "doorward", "work"], logs / "worker-of-postgresql.log", stack.environment)
-    with stack.server(), stack.server(stack.grpc_port + 1), work, stack.gateway():
+    with stack.server(), stack.server(other), work, stack.gateway():
         yield stack
 
 
