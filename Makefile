@@ -6,9 +6,10 @@ STAMP := $(VENV)/.installed
 PROTOS := $(shell find protos/doorward -name '*.proto')
 # Most tests wait for other processes: twice as many as cores. Modules in the order of tests/conftest.py.
 IN_PARALLEL := --numprocesses 4 --dist loadscope --no-loadscope-reorder
+OF_THE_DOMAIN := tests/unit tests/rpc $(addprefix tests/faults/test_,refresh.py deliveries.py identity.py rotation.py)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install up test check format generate baseline lock bench soak clean
+.PHONY: help install up test postgresql check format generate baseline lock bench soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,8 +28,12 @@ up: $(STAMP)  ## run the server, the gateway, the bot and the stand-ins; Ctrl-C 
 	@$(BIN)/doorward init --settings $(VENV)/up.toml
 	@DOORWARD_GRPC_REFLECTION=true exec $(BIN)/honcho start --no-prefix
 
-test: $(STAMP)  ## run every test
+test: $(STAMP)  ## run every test, and those of the domain on PostgreSQL too
 	$(BIN)/python -m pytest $(IN_PARALLEL)
+	$(BIN)/python -m pytest $(IN_PARALLEL) --engine postgresql $(OF_THE_DOMAIN)
+
+postgresql: $(STAMP)  ## run every test that touches a database on PostgreSQL
+	$(BIN)/python -m pytest $(IN_PARALLEL) --engine postgresql
 
 soak: $(STAMP)  ## run the fault tests at their full counts
 	$(BIN)/python -m pytest --soak -rP tests/faults tests/bot

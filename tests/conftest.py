@@ -19,10 +19,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", choices=["sqlite", "postgresql"], default="sqlite", help="where databases are")
 
 
+# Whoever needs none of these has no database, and nothing to do with its engine.
+_WITH_DATABASE = {
+    "application",
+    "database",
+    "home",
+    "house",
+    "make_house",
+    "provider",
+    "scene",
+    "shared_provider",
+    "world",
+}
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Modules of few, slow tests come first, or one process would be at them long after the others have ended."""
     items.sort(key=lambda item: "faults" not in item.path.parts)
+    if config.getoption("--engine") != "sqlite":
+        items[:] = [item for item in items if _WITH_DATABASE & {*getattr(item, "fixturenames", ())}]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
