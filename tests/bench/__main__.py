@@ -248,20 +248,29 @@ def _engines(run: Run) -> None:
         run.say(f"making {options.most:,} rows in PostgreSQL")
         most, bytes_each = postgresql.make_home(run.folder / "most", postgres, options.most, dice)
         some, _ = postgresql.make_home(run.folder / "some", postgres, _SOME, dice)
+        peers = [
+            enter(stack.server(home, run.folder, *run.cores, access_log=False))[0] for home in (run.many, most, some)
+        ]
         contenders = sqlite, in_most, in_some = [
-            _grpc_contender(name, enter(stack.server(home, run.folder, *run.cores, access_log=False))[0], home.cookies)
-            for name, home in (
-                (f"SQLite, {options.many:,} rows", run.many),
-                (f"PostgreSQL, {options.most:,} rows", most),
-                (f"PostgreSQL, {_SOME:,} rows", some),
+            _grpc_contender(name, peer, home.cookies)
+            for name, peer, home in (
+                (f"SQLite, {options.many:,} rows", peers[0], run.many),
+                (f"PostgreSQL, {options.most:,} rows", peers[1], most),
+                (f"PostgreSQL, {_SOME:,} rows", peers[2], some),
             )
         ]
         _measure_rounds(contenders, run)
+        asking = consenting.requesting(_CONNECTIONS, _STREAMS)
+        writing = server_contender(
+            "RequestApiKey, PostgreSQL", peers[2].cpu, lambda: None, lambda: asking(peers[2].socket)
+        )
+        _measure_rounds([writing], run)
     table = run.table
     _add(table, sqlite, "", "", None, "")
     _add_ratio(table, in_most, sqlite, "SQLite", _LEAST_OF_SQLITE)
     ratio = in_some.ratio(in_most)
     _add(table, in_some, f"{ratio:.2f} of most", f"≤ {_MOST_OF_MANY}", ratio <= _MOST_OF_MANY, "")
+    _add(table, writing, "", "", None, "")
     table.add_row("  storage per connection", f"{bytes_each:.0f} B", "PostgreSQL, with its indexes")
     table.add_row("", f"{stack.bytes_per_connection(run.many, options.many):.0f} B", "SQLite, likewise")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 
 from doorward_server.crypto import fingerprint, make_secret
-from tests.bench import stack
+from tests.bench import consenting, stack
 from tests.engines import Postgresql, postgresql_server
 
 # Twice as many connections as users, as in `stack`. Tokens are of the size that sealed ones have.
@@ -37,7 +37,7 @@ def served() -> Iterator[Postgresql]:
 
 def make_home(path: Path, server: Postgresql, connections: int, dice: random.Random) -> tuple[stack.Home, float]:
     """A home with so many connections; and how many bytes each of them takes, with its indexes."""
-    stack.doorward(path, "init")
+    stack.doorward(path, "init", "--settings", "-", text=consenting.SETTINGS)
     url = server.new_database()
     users = connections // 2
     cookies = [make_secret() for _ in range(min(stack.SESSIONS, users))]
