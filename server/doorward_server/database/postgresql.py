@@ -111,7 +111,7 @@ class PostgresqlDatabase(Database):
         while not stop.is_set():
             with contextlib.suppress(psycopg.Error), self._connect_alone() as other:
                 other.execute(f"LISTEN {_CHANNEL}")
-                for topic in self._subscribers:
+                for topic in [*self._subscribers]:
                     self._wake(topic)  # there may have been news meanwhile
                 while not stop.is_set():
                     for notice in other.notifies(timeout=_HEED_STOP, stop_after=1):
