@@ -160,7 +160,7 @@ def test_cookies_count_at_both_servers(deployment: Deployment) -> None:
 
 def test_a_request_for_keys_and_its_callback(deployment: Deployment) -> None:
     """From the public through the servers to the bot, and by the worker to the application."""
-    user, value = deployment.discord.create_user("alex"), "EXAMPLE-KEY-1"
+    user, value = deployment.discord.create_user("alex"), "DEPLOYED-KEY-1"
     deployment.secrets.add(value)
     options = ["--discord-user", str(user.id), "--service", "game", "--label", "main", "--value-stdin"]
     deployment.run("admin", "key", "add", *options, stdin=value)

@@ -105,8 +105,9 @@ def test_losers_share_the_winners_failure(fault_stack: Stack, servers: list[Clie
     """A provider that is down is asked once, not once per waiting caller; the pair stays."""
     person = connect_expired(fault_stack)
     fault_stack.provider.fault("token", "hang")
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        outcomes = list(pool.map(lambda client: client.outcome(person), servers * 8))
+    callers = servers * 8
+    with concurrent.futures.ThreadPoolExecutor(len(callers)) as pool:
+        outcomes = list(pool.map(lambda client: client.outcome(person), callers))
     assert {outcome.split()[0] for outcome in outcomes} == {"DEADLINE_EXCEEDED"}
     assert len(fault_stack.provider.requests(grant_type="refresh_token")) == 1
     fault_stack.provider.heal()
