@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from doorward_server.errors import (
 )
 from doorward_server.models import AuditEvent, ConsentRequest, Delivery, Grant, GrantKey, Job, User
 from doorward_server.settings import load
+from tests.engines import ENGINES
 from tests.unit.conftest import StoppedClock
 
 # Nobody listens there; and no name has to be looked up.
@@ -102,14 +104,17 @@ class World:
 @pytest.fixture
 def make_world(tmp_path: Path, clock: StoppedClock) -> Iterator[Callable[[str], World]]:
     worlds: list[World] = []
+    engine = ENGINES.settings()
 
     def make(settings: str = NO_LIMITS + ALLOWED) -> World:
-        worlds.append(World(tmp_path / "home", clock, settings))
+        worlds.append(World(tmp_path / "home", clock, f"{settings}\n{engine}"))
         return worlds[-1]
 
     yield make
     for world in worlds:
         world.close()
+    for url in {world.app.settings.database_url for world in worlds}:
+        ENGINES.forget(url)
 
 
 @pytest.fixture
@@ -428,6 +433,16 @@ def test_whoever_is_blocked_seems_to_be_turned_down(world: World, registered: bo
         world.end_overdue()
         assert (world.status(request_id), world.told(request_id)) == ("canceled", ["user canceled"])
     assert max(waits) - min(waits) > 5
+
+
+def test_a_stranger_with_the_longest_callback_is_blocked(world: World) -> None:
+    """It has more bytes than an entry of PostgreSQL's indexes, and no pattern that would shorten it there."""
+    path = "".join(random.Random(7).choices([chr(code) for code in range(0x20000, 0x2A000)], k=2000))  # noqa: S311
+    callback = f"{CALLBACK}/{path}"
+    world.consents.block(world.user(), world.ask(callback=callback), actor="test")
+    world.consents.block(world.user(), world.ask(callback=callback, state="other"), actor="test")
+    assert waiting_seconds(world, world.ask(callback=callback, state="third")) <= 60
+    assert waiting_seconds(world, world.ask(callback=f"{callback[:-1]}x")) > 60
 
 
 def test_only_the_blocked_one_is_blocked(world: World) -> None:

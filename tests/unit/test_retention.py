@@ -402,6 +402,7 @@ def test_a_row_that_is_needed_again_stays(database: Database, clock: StoppedCloc
     assert gone == [(ids[0],), None, (ids[2],)]
 
 
+@pytest.mark.sqlite
 def test_what_is_due_is_found_by_an_index(world: World) -> None:
     """No sweep reads a table from end to end, with statistics or without."""
     indexes = {

@@ -90,8 +90,7 @@ CREATE TABLE application_blocks (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     user_id INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
     application TEXT NOT NULL,
-    created_at BIGINT NOT NULL,
-    UNIQUE (user_id, application)
+    created_at BIGINT NOT NULL
 );
 
 CREATE TABLE deliveries (
@@ -138,9 +137,24 @@ CREATE TABLE access_reads (
     UNIQUE (minute, caller, connection_id)
 );
 """
-# The same request again is the same request, while it is open. PostgreSQL's indexes hold no texts as long as these.
-OPEN = "CREATE UNIQUE INDEX consent_requests_open ON consent_requests ({}) WHERE finished_at IS NULL"
-SQLITE_OPEN, POSTGRESQL_OPEN = "discord_user, callback, state", "discord_user, md5(callback), sha256(state)"
+# The same request again is the same request, while it is open; and who is blocked is so once.
+INDEXES = """
+CREATE UNIQUE INDEX consent_requests_open ON consent_requests (discord_user, {callback}, {state})
+    WHERE finished_at IS NULL;
+CREATE UNIQUE INDEX application_blocks_sender ON application_blocks (user_id, {application})
+"""
+# PostgreSQL's indexes hold no texts as long as these. Its encoding of a text is not called immutable, for others'
+# may change; UTF-8 does not.
+DIGEST = """
+CREATE FUNCTION text_digest(value text) RETURNS bytea LANGUAGE sql IMMUTABLE STRICT
+AS $$ SELECT sha256(convert_to(value, 'UTF8')) $$
+"""
+_ENTRIES = {"callback": "callback", "state": "state", "application": "application"}
+_POSTGRESQL_ENTRIES = {
+    "callback": "text_digest(callback)",
+    "state": "sha256(state)",
+    "application": "text_digest(application)",
+}
 # Apart, for they hold semicolons. The third one also stops INSERT OR REPLACE, which deletes without a trigger.
 SQLITE_TRIGGERS = (
     """
@@ -186,6 +200,8 @@ FOR EACH ROW EXECUTE FUNCTION audit_events_follow()
 def up(_migrator: SchemaMigrator, database: peewee.Database) -> None:
     ddl.run(database, STATEMENTS)
     is_postgresql = ddl.is_postgresql(database)
-    ddl.run_one(database, OPEN.format(POSTGRESQL_OPEN if is_postgresql else SQLITE_OPEN))
+    if is_postgresql:
+        ddl.run_one(database, DIGEST)
+    ddl.run(database, INDEXES.format(**(_POSTGRESQL_ENTRIES if is_postgresql else _ENTRIES)))
     for trigger in POSTGRESQL_TRIGGERS if is_postgresql else SQLITE_TRIGGERS:
         ddl.run_one(database, trigger)
