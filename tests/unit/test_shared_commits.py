@@ -145,6 +145,6 @@ def test_changes_of_one_thread(database: Database) -> None:
 
 
 def test_changes_of_one_thread_in_a_failing_storage(database: Database) -> None:
-    database.engine.execute_sql("DROP TABLE users")  # type: ignore[no-untyped-call]
+    database.engine.execute_sql("ALTER TABLE users RENAME TO users_away")  # type: ignore[no-untyped-call]
     changes = database.write_each([partial(insert, "first"), partial(insert, "last")])
     assert [type(change.failure) for change in changes] == [StorageUnavailable] * 2
