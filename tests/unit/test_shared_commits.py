@@ -147,4 +147,5 @@ def test_changes_of_one_thread(database: Database) -> None:
 def test_changes_of_one_thread_in_a_failing_storage(database: Database) -> None:
     database.engine.execute_sql("ALTER TABLE users RENAME TO users_away")  # type: ignore[no-untyped-call]
     changes = database.write_each([partial(insert, "first"), partial(insert, "last")])
+    database.engine.execute_sql("ALTER TABLE users_away RENAME TO users")  # type: ignore[no-untyped-call]
     assert [type(change.failure) for change in changes] == [StorageUnavailable] * 2
