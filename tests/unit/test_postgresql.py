@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 
 import peewee
 import psycopg
@@ -116,27 +117,32 @@ def test_claims_pass_by_what_others_hold(here: PostgresqlDatabase, url: str) -> 
 
 
 def test_news_of_another_process(here: PostgresqlDatabase, there: PostgresqlDatabase) -> None:
-    woken, other_topic = threading.Event(), threading.Event()
+    heard: list[str] = []
+    numbers = count()
+    for topic in ("jobs", "prompts"):
+        there.subscribe(topic, partial(heard.append, topic))
+
+    def announce(topic: str) -> None:
+        with here.writing():
+            here.announce(topic)
+
+    def hear_all() -> None:
+        """Wait until everything announced so far is heard: news come in the order of the commits."""
+        last, topic = threading.Event(), f"last {next(numbers)}"
+        there.subscribe(topic, last.set)
+        announce(topic)
+        assert last.wait(10)
+
     with there.listening():
-        there.subscribe("jobs", woken.set)
-        there.subscribe("prompts", other_topic.set)
-
-        def announced() -> bool:
-            """Until the listener, which has just started, hears it."""
-            with here.writing():
-                here.announce("jobs")
-            return woken.wait(0.05)
-
-        await_condition(announced, "the news")
-        # By now it listens; before, it wakes everybody, for there may have been news.
-        other_topic.clear()
-        woken.clear()
-        assert announced()
-        assert not other_topic.is_set()
-        woken.clear()
+        hear_all()  # when it begins to listen it wakes everybody, for there may have been news
+        heard.clear()
+        announce("jobs")
+        hear_all()
+        assert heard == ["jobs"]
         with pytest.raises(KeyError):
             announce_in_vain(here)
-        assert not woken.wait(0.2)
+        hear_all()
+        assert heard == ["jobs"]
 
 
 def announce_in_vain(database: PostgresqlDatabase) -> None:
@@ -202,6 +208,13 @@ def test_a_failed_change_undoes_itself_alone(here: PostgresqlDatabase) -> None:
     [
         pytest.param("postgresql://127.0.0.1:1/doorward", "start PostgreSQL", id="nobody there"),
         pytest.param("postgresql://user:hush@127.0.0.1:1/doorward", "start PostgreSQL", id="with a password"),
+        pytest.param("postgresql://127.0.0.1:1/doorward?password=hush", "start PostgreSQL", id="as a parameter"),
+        pytest.param("postgresql://user:hush#1@127.0.0.1:1/doorward", "start PostgreSQL", id="with a # in it"),
+        pytest.param("postgresql://user:x@hush@127.0.0.1:1/doorward", "%40 for @", id="with an @ in it"),
+        pytest.param("postgresql://user:hush/x@127.0.0.1:1/doorward", "%2F for /", id="with a / in it"),
+        pytest.param("postgresql://user:hush%zz@127.0.0.1:1/doorward", "cannot be read", id="with a % in it"),
+        pytest.param("postgresql://[::1/doorward?password=hush", "cannot be read", id="half an address"),
+        pytest.param("postgresql://user:hush@127.0.0.1:1/doorward?no=1", "parameters", id="an unknown parameter"),
         pytest.param("postgresql://nowhere.invalid/doorward", "mend the host", id="no such host"),
     ],
 )
@@ -215,6 +228,15 @@ def test_a_server_that_cannot_be_reached(url: str, sentence: str) -> None:
 def test_a_database_that_does_not_exist(server: Postgresql) -> None:
     with pytest.raises(OperatorError, match=r"does not exist.*createdb"):
         opened(server.url("nothing")).check_schema()
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_does_not_hold_every_text(server: Postgresql, encoding: str) -> None:
+    options = f"TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+    database = opened(server.new_empty_database(options))
+    with pytest.raises(OperatorError, match="createdb --encoding UTF8"):
+        database.check_schema()
+    database.close()
 
 
 def test_a_server_that_is_away_is_not_asked_by_everyone(server: Postgresql, here: PostgresqlDatabase) -> None:
