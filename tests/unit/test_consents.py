@@ -437,7 +437,7 @@ def test_whoever_is_blocked_seems_to_be_turned_down(world: World, registered: bo
 
 def test_a_stranger_with_the_longest_callback_is_blocked(world: World) -> None:
     """It has more bytes than an entry of PostgreSQL's indexes, and no pattern that would shorten it there."""
-    path = "".join(random.Random(7).choices([chr(code) for code in range(0x20000, 0x2A000)], k=2000))  # noqa: S311
+    path = "".join(random.Random(7).choices([chr(code) for code in range(0x20000, 0x2A000)], k=2000))
     callback = f"{CALLBACK}/{path}"
     world.consents.block(world.user(), world.ask(callback=callback), actor="test")
     world.consents.block(world.user(), world.ask(callback=callback, state="other"), actor="test")
