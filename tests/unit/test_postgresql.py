@@ -11,6 +11,7 @@ import peewee
 import psycopg
 import pytest
 
+from doorward_server import integrations, jobs
 from doorward_server.database import PostgresqlDatabase, open_database
 from doorward_server.errors import OperatorError, StorageUnavailable
 from tests.engines import IN_TESTS, Postgresql, postgresql_server
@@ -114,6 +115,39 @@ def test_claims_pass_by_what_others_hold(here: PostgresqlDatabase, url: str) -> 
         other.execute("SELECT 1 FROM users WHERE slug = 'ada' FOR UPDATE")
         assert here.claim(claim, ("mine",)) == [("grace",)]
     assert here.claim(claim, ("mine",)) == [("ada",)]
+
+
+_JOB = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES ('kind', '', 0, 0, 0)"
+_DUE_CONNECTION = """
+INSERT INTO connections
+    (user_id, provider, access_token, obtained_at, needs_reauth, lease_epoch, created_at, refresh_at)
+SELECT id, 'flo', '', 0, FALSE, 0, 0, 0 FROM users ORDER BY id DESC LIMIT 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "insert", "claim", "parameters"),
+    [
+        pytest.param("jobs", _JOB, jobs._CLAIM, (9, 1, 2), id="jobs"),
+        pytest.param("jobs", _JOB, jobs._CLAIM_OF_KIND, (9, "kind", 1, 2), id="jobs of a kind"),
+        pytest.param("connections", _DUE_CONNECTION, integrations._CLAIM_DUE, (9, "flo", 1, 2), id="connections"),
+    ],
+)
+def test_claims_take_no_more_than_they_are_to(
+    here: PostgresqlDatabase, url: str, table: str, insert: str, claim: str, parameters: tuple[object, ...]
+) -> None:
+    """Also where a table had one row when it was analyzed: PostgreSQL then runs a subselect once for each row."""
+
+    def insert_one(number: int) -> None:
+        add(here, f"user-{number}")
+        here.write(partial(here.execute, insert, ()))
+
+    insert_one(0)
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(f"VACUUM ANALYZE {table}".encode())
+    for number in range(1, 20):
+        insert_one(number)
+    assert len(here.claim(claim, parameters)) == 2
 
 
 def test_news_of_another_process(here: PostgresqlDatabase, there: PostgresqlDatabase) -> None:
