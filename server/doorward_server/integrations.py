@@ -67,7 +67,10 @@ _NEXT_DUE = "SELECT id FROM connections WHERE provider = ? AND refresh_at <= ? O
 _CLAIM_DUE = f"""
 UPDATE connections SET refresh_at = ?
 WHERE id IN (
-    SELECT id FROM connections WHERE provider = ? AND refresh_at <= ? ORDER BY refresh_at LIMIT ? FOR UPDATE SKIP LOCKED
+    WITH due AS MATERIALIZED (
+        SELECT id FROM connections WHERE provider = ? AND refresh_at <= ? ORDER BY refresh_at LIMIT ?
+        FOR UPDATE SKIP LOCKED
+    ) SELECT id FROM due
 ) RETURNING {Connection.columns_sql()}
 """  # noqa: S608 - constants only
 # The claim of a connection that has a new pair meanwhile, or was claimed anew, has no say any more.

@@ -27,12 +27,20 @@ _NEXT_DUE = "SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT 1"
 _NEXT_DUE_OF_KIND = "SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT 1"
 _CLAIM = f"""
 UPDATE jobs SET run_at = ?, attempts = attempts + 1
-WHERE id IN (SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED)
+WHERE id IN (
+    WITH due AS MATERIALIZED (
+        SELECT id FROM jobs WHERE run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED
+    ) SELECT id FROM due
+)
 RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
 _CLAIM_OF_KIND = f"""
 UPDATE jobs SET run_at = ?, attempts = attempts + 1
-WHERE id IN (SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED)
+WHERE id IN (
+    WITH due AS MATERIALIZED (
+        SELECT id FROM jobs WHERE kind = ? AND run_at <= ? ORDER BY run_at LIMIT ? FOR UPDATE SKIP LOCKED
+    ) SELECT id FROM due
+)
 RETURNING {Job.columns_sql()}
 """  # noqa: S608 - constants only
 _BACKLOG = "SELECT count(*), min(run_at) FROM jobs WHERE run_at <= ?"

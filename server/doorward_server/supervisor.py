@@ -235,7 +235,7 @@ class Supervisor:
             worker.failures = 0
         if not self._all_have_served and code == _TOLD_TO_FAIL:
             raise SystemExit(code)  # it has told why, in a sentence of its own
-        self._has_failed(worker, f"exit code {code}" if code >= 0 else signal.Signals(-code).name)
+        self._has_failed(worker, f"exit code {code}" if code >= 0 else _name_of(-code))
 
     def _has_failed(self, worker: WorkerProcess, how: str) -> None:
         worker.failures += 1
@@ -295,6 +295,14 @@ class Supervisor:
                 self._log.warning("worker killed: it took too long", **worker.fields)
                 worker.kill()
             worker.clear(due=float("inf"))
+
+
+def _name_of(number: int) -> str:
+    """A signal's name; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _terminal_is_gone(received: signal.struct_siginfo) -> bool:

@@ -174,6 +174,50 @@ def test_a_target_that_is_not_empty(home: Stack, postgresql: Postgresql) -> None
     assert "is not empty (there are rows in users)" in refused.stderr
 
 
+def test_a_home_that_was_left_already(home: Stack, postgresql: Postgresql) -> None:
+    """What happened on the other side since then would be missing."""
+    assert move(home, postgresql.new_empty_database()).returncode == 0
+    refused = move(home, postgresql.new_empty_database())
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert "were moved to" in refused.stderr
+
+
+def test_a_target_that_another_home_is_being_copied_to(home: Stack, postgresql: Postgresql) -> None:
+    """Also while the other one has not copied a row yet."""
+    url = postgresql.new_database()
+    with psycopg.connect(url, autocommit=True) as there:
+        there.execute("INSERT INTO data_migrations (place, is_source, started_at) VALUES ('/other.db', FALSE, 0)")
+    refused = move(home, url)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert "holds a part of /other.db" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "sentence"),
+    [
+        pytest.param("CREATE TABLE users (id INT)", "of another program's", id="a table of the same name"),
+        pytest.param("CREATE TABLE schema_migration (id INT)", "of another program's", id="migrations of its own"),
+        pytest.param("CREATE ROLE weak LOGIN", "own the database", id="a user without rights"),
+    ],
+)
+def test_a_target_of_another_program(home: Stack, postgresql: Postgresql, statement: str, sentence: str) -> None:
+    url = postgresql.new_empty_database()
+    with psycopg.connect(url, autocommit=True) as there:
+        there.execute(statement.encode())
+    refused = move(home, url.replace("postgres@", "weak@") if "ROLE" in statement else url)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert sentence in refused.stderr
+
+
+def test_a_target_in_a_schema_of_its_own(home: Stack, postgresql: Postgresql) -> None:
+    url = f"{postgresql.new_empty_database()}&options=-csearch_path%3Ddoors"
+    with psycopg.connect(url, autocommit=True) as there:
+        there.execute("CREATE SCHEMA doors")
+        assert move(home, url).returncode == 0
+        assert there.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)
+        assert there.execute("SELECT count(*) > 0 FROM doors.users").fetchone() == (True,)
+
+
 def test_a_copy_that_was_changed(home: Stack, postgresql: Postgresql) -> None:
     """What is there and differs is found out, not taken for good."""
     url = postgresql.new_empty_database()

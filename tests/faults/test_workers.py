@@ -403,6 +403,9 @@ def test_a_worker_s_port_is_its_own_while_it_is_away(make: Make) -> None:
     [
         pytest.param(["/nowhere/python"], "No such file or directory", id="there is none"),
         pytest.param([sys.executable, "-c", "import os; os.abort()"], "SIGABRT", id="it crashes"),
+        pytest.param(
+            [sys.executable, "-c", "import os; os.kill(os.getpid(), 40)"], "signal 40", id="a nameless signal"
+        ),
         pytest.param([sys.executable, "-c", ""], "exit code 0", id="it ends"),
         pytest.param([sys.executable, "-c", "input()"], "exit code 1", id="it tells by its exit code"),
         pytest.param([sys.executable, "-c", "import signal; signal.pause()"], "SIGKILL", id="it hangs"),

@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 
 import peewee
 import psycopg
 import pytest
 
+from doorward_server import integrations, jobs
 from doorward_server.database import PostgresqlDatabase, open_database
 from doorward_server.errors import OperatorError, StorageUnavailable
 from tests.engines import IN_TESTS, Postgresql, postgresql_server
@@ -115,28 +117,66 @@ def test_claims_pass_by_what_others_hold(here: PostgresqlDatabase, url: str) -> 
     assert here.claim(claim, ("mine",)) == [("ada",)]
 
 
+_JOB = "INSERT INTO jobs (kind, payload, run_at, attempts, created_at) VALUES ('kind', '', 0, 0, 0)"
+_DUE_CONNECTION = """
+INSERT INTO connections
+    (user_id, provider, access_token, obtained_at, needs_reauth, lease_epoch, created_at, refresh_at)
+SELECT id, 'flo', '', 0, FALSE, 0, 0, 0 FROM users ORDER BY id DESC LIMIT 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "insert", "claim", "parameters"),
+    [
+        pytest.param("jobs", _JOB, jobs._CLAIM, (9, 1, 2), id="jobs"),
+        pytest.param("jobs", _JOB, jobs._CLAIM_OF_KIND, (9, "kind", 1, 2), id="jobs of a kind"),
+        pytest.param("connections", _DUE_CONNECTION, integrations._CLAIM_DUE, (9, "flo", 1, 2), id="connections"),
+    ],
+)
+def test_claims_take_no_more_than_they_are_to(
+    here: PostgresqlDatabase, url: str, table: str, insert: str, claim: str, parameters: tuple[object, ...]
+) -> None:
+    """Also where a table had one row when it was analyzed: PostgreSQL then runs a subselect once for each row."""
+
+    def insert_one(number: int) -> None:
+        add(here, f"user-{number}")
+        here.write(partial(here.execute, insert, ()))
+
+    insert_one(0)
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(f"VACUUM ANALYZE {table}".encode())
+    for number in range(1, 20):
+        insert_one(number)
+    assert len(here.claim(claim, parameters)) == 2
+
+
 def test_news_of_another_process(here: PostgresqlDatabase, there: PostgresqlDatabase) -> None:
-    woken, other_topic = threading.Event(), threading.Event()
+    heard: list[str] = []
+    numbers = count()
+    for topic in ("jobs", "prompts"):
+        there.subscribe(topic, partial(heard.append, topic))
+
+    def announce(topic: str) -> None:
+        with here.writing():
+            here.announce(topic)
+
+    def hear_all() -> None:
+        """Wait until everything announced so far is heard: news come in the order of the commits."""
+        last, topic = threading.Event(), f"last {next(numbers)}"
+        there.subscribe(topic, last.set)
+        announce(topic)
+        assert last.wait(10)
+
     with there.listening():
-        there.subscribe("jobs", woken.set)
-        there.subscribe("prompts", other_topic.set)
-
-        def announced() -> bool:
-            """Until the listener, which has just started, hears it."""
-            with here.writing():
-                here.announce("jobs")
-            return woken.wait(0.05)
-
-        await_condition(announced, "the news")
-        # By now it listens; before, it wakes everybody, for there may have been news.
-        other_topic.clear()
-        woken.clear()
-        assert announced()
-        assert not other_topic.is_set()
-        woken.clear()
+        hear_all()  # when it begins to listen it wakes everybody, for there may have been news
+        heard.clear()
+        announce("jobs")
+        hear_all()
+        assert heard == ["jobs"]
         with pytest.raises(KeyError):
             announce_in_vain(here)
-        assert not woken.wait(0.2)
+        hear_all()
+        assert heard == ["jobs"]
 
 
 def announce_in_vain(database: PostgresqlDatabase) -> None:
@@ -202,6 +242,13 @@ def test_a_failed_change_undoes_itself_alone(here: PostgresqlDatabase) -> None:
     [
         pytest.param("postgresql://127.0.0.1:1/doorward", "start PostgreSQL", id="nobody there"),
         pytest.param("postgresql://user:hush@127.0.0.1:1/doorward", "start PostgreSQL", id="with a password"),
+        pytest.param("postgresql://127.0.0.1:1/doorward?password=hush", "start PostgreSQL", id="as a parameter"),
+        pytest.param("postgresql://user:hush#1@127.0.0.1:1/doorward", "start PostgreSQL", id="with a # in it"),
+        pytest.param("postgresql://user:x@hush@127.0.0.1:1/doorward", "%40 for @", id="with an @ in it"),
+        pytest.param("postgresql://user:hush/x@127.0.0.1:1/doorward", "%2F for /", id="with a / in it"),
+        pytest.param("postgresql://user:hush%zz@127.0.0.1:1/doorward", "cannot be read", id="with a % in it"),
+        pytest.param("postgresql://[::1/doorward?password=hush", "cannot be read", id="half an address"),
+        pytest.param("postgresql://user:hush@127.0.0.1:1/doorward?no=1", "parameters", id="an unknown parameter"),
         pytest.param("postgresql://nowhere.invalid/doorward", "mend the host", id="no such host"),
     ],
 )
@@ -215,6 +262,15 @@ def test_a_server_that_cannot_be_reached(url: str, sentence: str) -> None:
 def test_a_database_that_does_not_exist(server: Postgresql) -> None:
     with pytest.raises(OperatorError, match=r"does not exist.*createdb"):
         opened(server.url("nothing")).check_schema()
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_does_not_hold_every_text(server: Postgresql, encoding: str) -> None:
+    options = f"TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+    database = opened(server.new_empty_database(options))
+    with pytest.raises(OperatorError, match="createdb --encoding UTF8"):
+        database.check_schema()
+    database.close()
 
 
 def test_a_server_that_is_away_is_not_asked_by_everyone(server: Postgresql, here: PostgresqlDatabase) -> None:

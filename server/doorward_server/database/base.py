@@ -166,6 +166,7 @@ class Database(ABC):
         """Take rows by one conditional UPDATE ... RETURNING, outside of transactions.
 
         Its subselect ends with FOR UPDATE SKIP LOCKED: where others may claim at the same time, each takes its own.
+        It stands in a WITH ... AS MATERIALIZED: else PostgreSQL may run it once for each row, and claim them all.
         """
 
     # Reading

@@ -6,13 +6,13 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import peewee
 import psycopg
@@ -25,6 +25,8 @@ from doorward_server.errors import OperatorError
 # Whoever writes holds this advisory lock until the end of its transaction. (The number is "doorward", in ASCII.)
 WRITERS_LOCK = int.from_bytes(b"doorward")
 _LOCK = f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})"
+# As bytes, for in a database without an encoding texts are that.
+_ENCODING = "SELECT pg_encoding_to_char(encoding)::text::bytea FROM pg_database WHERE datname = current_database()"
 _CHANNEL = "doorward"
 # Seconds. A server that does not answer is given up, and not asked again by everyone in turn.
 _CONNECT_TIMEOUT, _REST_AFTER_FAILURE = 3, 0.25
@@ -56,6 +58,8 @@ class PostgresqlDatabase(Database):
 
     driver_error = psycopg.Error
     advice = (
+        ("already exists", "there is something of another program's: give Doorward a database of its own"),
+        ("column", "there is something of another program's: give Doorward a database of its own"),
         ("does not exist", "make it (`createdb`), or mend DOORWARD_DATABASE_URL"),
         ("authentication", "mend the user and the password in DOORWARD_DATABASE_URL"),
         ("permission denied", "let the user own the database (`ALTER DATABASE ... OWNER TO ...`)"),
@@ -65,8 +69,10 @@ class PostgresqlDatabase(Database):
     )
 
     def __init__(self, url: str, busy_timeout: float, connections: int) -> None:
-        self._engine = _Engine(url, busy_timeout, connections)
-        super().__init__(self._engine, url, _without_password(url), busy_timeout)
+        given = _read(url)
+        self._options = _options(given, busy_timeout)
+        self._engine = _Engine(url, busy_timeout, connections, self._options)
+        super().__init__(self._engine, url, _place(given), busy_timeout)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -111,7 +117,7 @@ class PostgresqlDatabase(Database):
         while not stop.is_set():
             with contextlib.suppress(psycopg.Error), self._connect_alone() as other:
                 other.execute(f"LISTEN {_CHANNEL}")
-                for topic in [*self._subscribers]:
+                for topic in [*self._subscribers]:  # more may subscribe meanwhile
                     self._wake(topic)  # there may have been news meanwhile
                 while not stop.is_set():
                     for notice in other.notifies(timeout=_HEED_STOP, stop_after=1):
@@ -119,7 +125,17 @@ class PostgresqlDatabase(Database):
             stop.wait(_LISTEN_AGAIN)
 
     def _connect_alone(self) -> psycopg.Connection:
-        return psycopg.connect(self.url, autocommit=True, **_options(self.url, self._busy_timeout))
+        return psycopg.connect(self.url, autocommit=True, **self._options)
+
+    def check_schema(self) -> list[str]:
+        with self.operators_view():
+            (encoding,) = self.fetch_one(_ENCODING, ()) or ("",)
+        if encoding != b"UTF8":
+            raise OperatorError(
+                f"the database {self.place} does not hold every text: make one by "
+                "`createdb --encoding UTF8 --template template0`, and set DOORWARD_DATABASE_URL"
+            )
+        return super().check_schema()
 
     def now(self) -> datetime | None:
         row = self.fetch_one("SELECT clock_timestamp()", ())
@@ -154,8 +170,7 @@ class _Server(peewee.PostgresqlDatabase):
 class _Engine(PooledPostgresqlDatabase, _Server):  # type: ignore[misc]
     """peewee's pool, with a connection in a thread's hands for no longer than it is used."""
 
-    def __init__(self, url: str, busy_timeout: float, connections: int) -> None:
-        options = _options(url, busy_timeout)
+    def __init__(self, url: str, busy_timeout: float, connections: int, options: Mapping[str, Any]) -> None:
         super().__init__(url, prefer_psycopg3=True, max_connections=connections, timeout=busy_timeout, **options)
 
     def connect(self, reuse_if_open: bool = False) -> bool:
@@ -199,9 +214,24 @@ class _Engine(PooledPostgresqlDatabase, _Server):  # type: ignore[misc]
         return bool(conn.closed)
 
 
-def _options(url: str, busy_timeout: float) -> dict[str, Any]:
+def _read(url: str) -> dict[str, Any]:
+    """What a URL says, as libpq reads it. Raises OperatorError, without the URL: there may be a password in it."""
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        given = {"host": "@"}
+    # What stands where the host is to be, or the port, is a password with an `@` or a `/` of its own.
+    port = str(given.get("port", ""))
+    if "@" in str(given.get("host", "")) or not all(one.isdigit() for one in port.split(",") if one):
+        raise OperatorError(
+            "the URL of the database cannot be read: write postgresql://USER:PASSWORD@HOST/DATABASE, and in the "
+            "password %40 for @, %2F for / and so on, and mend its parameters, if it has any"
+        )
+    return given
+
+
+def _options(given: Mapping[str, Any], busy_timeout: float) -> dict[str, Any]:
     """What connections are made with, but for what the URL says."""
-    given = conninfo_to_dict(url)
     milliseconds = round(busy_timeout * 1000)
     session = {
         "lock_timeout": milliseconds,
@@ -214,12 +244,10 @@ def _options(url: str, busy_timeout: float) -> dict[str, Any]:
     return {**ours, "options": f"{options} {given.get('options') or ''}".strip()}
 
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user = f"{parts.username}@" if parts.username else ""
-    return parts._replace(netloc=user + parts.netloc.rpartition("@")[2]).geturl()
+def _place(given: Mapping[str, Any]) -> str:
+    """The URL, of nothing but the user, the host, the port and the database: parameters may hold a password, too."""
+    user, host, port, name = (quote(str(given.get(part, "")), safe=",:") for part in ("user", "host", "port", "dbname"))
+    return f"postgresql://{user}{user and '@'}{host}{port and ':'}{port}/{name}"
 
 
 @cache

@@ -115,8 +115,12 @@ class Transfer:
         """Write down that a copy is being made; refuse what holds anything else than the beginning of this one."""
         with self.target.writing():
             state = self.target.execute(_STATE, ())
-            if state is not None and state[2] is None and state[0] == self.source.place:
-                return
+            if state is not None and state[2] is None:
+                if state[0] == self.source.place:
+                    return
+                raise OperatorError(
+                    f"{self.target.place} holds a part of {state[0]}, or will: make a new database, and give that"
+                )
             for table in tables:
                 if self.target.execute(f"SELECT 1 FROM {table.name} LIMIT 1", ()) is not None:  # noqa: S608
                     raise OperatorError(
