@@ -202,7 +202,11 @@ def test_a_failed_change_undoes_itself_alone(here: PostgresqlDatabase) -> None:
     [
         pytest.param("postgresql://127.0.0.1:1/doorward", "start PostgreSQL", id="nobody there"),
         pytest.param("postgresql://user:hush@127.0.0.1:1/doorward", "start PostgreSQL", id="with a password"),
-        pytest.param("postgresql://nowhere.invalid/doorward", "mend the host", id="no such host"),
+        pytest.param("postgresql://127.0.0.1:1/doorward?user=u&password=hush", "start PostgreSQL", id="behind the ?"),
+        pytest.param(
+            "postgresql://user:hush?hush#hush@127.0.0.1:1/doorward", "start PostgreSQL", id="a ? in the password"
+        ),
+        pytest.param("postgresql://nowhere.invalid/doorward", "correct the host", id="no such host"),
     ],
 )
 def test_a_server_that_cannot_be_reached(url: str, sentence: str) -> None:
@@ -210,6 +214,33 @@ def test_a_server_that_cannot_be_reached(url: str, sentence: str) -> None:
         opened(url).check_schema()
     assert "hush" not in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("postgresql://user:hu sh@127.0.0.1/doorward", id="a space"),
+        pytest.param("postgresql://user:hu%sh@127.0.0.1/doorward", id="a percent sign"),
+        pytest.param("postgresql://user:hu/sh@127.0.0.1/doorward", id="a slash in the password"),
+        pytest.param("postgresql://user:hu@sh@127.0.0.1/doorward", id="an at sign in the password"),
+        pytest.param("postgresql://user:hush@127.0.0.1/doorward?hush=1", id="no parameter of libpq"),
+    ],
+)
+def test_a_url_that_cannot_be_read(url: str) -> None:
+    with pytest.raises(OperatorError, match="has to be percent-encoded") as failure:
+        opened(url)
+    assert [part for part in ("hu", "sh@", "\n") if part in str(failure.value)] == []
+
+
+def test_a_database_of_another_encoding(server: Postgresql) -> None:
+    url = server.new_empty_database("ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    with pytest.raises(OperatorError, match=r"LATIN1.*createdb --encoding UTF8"):
+        opened(url).migrate()
+
+
+def test_a_user_that_does_not_exist(server: Postgresql) -> None:
+    with pytest.raises(OperatorError, match="createuser"):
+        opened(server.url("postgres").replace("postgres@", "nobody@")).check_schema()
 
 
 def test_a_database_that_does_not_exist(server: Postgresql) -> None:

@@ -12,7 +12,6 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import peewee
 import psycopg
@@ -56,17 +55,31 @@ class PostgresqlDatabase(Database):
 
     driver_error = psycopg.Error
     advice = (
-        ("does not exist", "make it (`createdb`), or mend DOORWARD_DATABASE_URL"),
-        ("authentication", "mend the user and the password in DOORWARD_DATABASE_URL"),
+        ('role "', "make the user (`createuser`), or correct it in the URL"),
+        ("does not exist", "make it (`createdb`), or correct the URL"),
+        ("no password supplied", "put the password into the URL, or into PGPASSWORD"),
+        ("authentication", "correct the user and the password in the URL"),
+        ("no pg_hba.conf entry", "let the user in by PostgreSQL's pg_hba.conf"),
         ("permission denied", "let the user own the database (`ALTER DATABASE ... OWNER TO ...`)"),
         ("too many clients", "raise PostgreSQL's max_connections or lower [database] connections"),
-        ("connection", "start PostgreSQL, or mend the host and port in DOORWARD_DATABASE_URL"),
-        ("resolve host", "mend the host in DOORWARD_DATABASE_URL"),
+        ("connection", "start PostgreSQL, or correct the host and the port in the URL"),
+        ("resolve host", "correct the host in the URL"),
     )
 
     def __init__(self, url: str, busy_timeout: float, connections: int) -> None:
+        _check(url)
         self._engine = _Engine(url, busy_timeout, connections)
         super().__init__(self._engine, url, _without_password(url), busy_timeout)
+
+    def migrate(self) -> list[str]:
+        with self.operators_view():
+            (encoding,) = self.fetch_one("SHOW server_encoding", ()) or (None,)
+        if encoding != "UTF8":
+            raise OperatorError(
+                f"the database {self.place} cannot hold every character, for its encoding is {encoding}: make another "
+                "one by `createdb --encoding UTF8 --template template0`"
+            )
+        return super().migrate()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -214,12 +227,22 @@ def _options(url: str, busy_timeout: float) -> dict[str, Any]:
     return {**ours, "options": f"{options} {given.get('options') or ''}".strip()}
 
 
+def _check(url: str) -> None:
+    """Refuse a URL that libpq cannot read, or that it reads otherwise than it is meant: it ends a password at `@`."""
+    with contextlib.suppress(psycopg.ProgrammingError):  # its text may hold a part of the password
+        given = conninfo_to_dict(url)
+        if not any("@" in str(given.get(word, "")).removeprefix("@") for word in ("host", "dbname")):
+            return
+    raise OperatorError(
+        "the database's URL cannot be read: its form is postgresql://USER:PASSWORD@HOST:PORT/DATABASE, behind it "
+        "perhaps ? and libpq's parameters, and in a user or a password all but letters and digits has to be "
+        "percent-encoded (@ is %40, / is %2F)"
+    )
+
+
 def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    user = f"{parts.username}@" if parts.username else ""
-    return parts._replace(netloc=user + parts.netloc.rpartition("@")[2]).geturl()
+    url = re.sub("://([^:@/]*):[^@/]*@", r"://\1@", url)
+    return re.sub("([?&](?:ssl)?password)=[^&]*", r"\1=...", url)
 
 
 @cache
