@@ -23,6 +23,7 @@ from doorward_server import settings as settings_module
 from doorward_server.app import App
 from doorward_server.clock import Clock
 from doorward_server.database import Database, is_made, open_database
+from doorward_server.database.transfer import refuse_moved
 from doorward_server.delivery import Status as DeliveryStatus
 from doorward_server.errors import CallError, OperatorError, StorageUnavailable
 from doorward_server.outbound import Bulkhead, Outbound, Timeouts
@@ -156,6 +157,8 @@ class _Doctor:
         if due := database.check_schema():
             told = f"its schema lacks {len(due)} migrations, the last one is {due[-1]}"
             yield Finding("database", Verdict.PROBLEM, told, "run `doorward migrate`")
+        else:
+            refuse_moved(database)
         with database.writing():  # waits for whoever writes, and fails where nobody may
             pass
         yield Finding("database", Verdict.OK, "it can be read and written")

@@ -80,8 +80,9 @@ _LONGEST_PAUSE, _LONGEST_REFUSED_PAUSE = timedelta(minutes=1), timedelta(hours=6
 _CONNECTED = "connected"
 # A connection that cannot be refreshed is called expiring for so long.
 _SOON = timedelta(days=1)
-# How long a failing disk is given to take a pair that was just obtained.
-_STORING_SECONDS = 3.0
+# How long a failing disk, or a database that restarts, is given to take a pair that was just obtained: with the
+# provider's own time, still less than the gateway waits.
+_STORING_SECONDS = 8.0
 
 
 @dataclass(frozen=True)

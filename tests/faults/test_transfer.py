@@ -218,6 +218,30 @@ def test_a_target_in_a_schema_of_its_own(home: Stack, postgresql: Postgresql) ->
         assert there.execute("SELECT count(*) > 0 FROM doors.users").fetchone() == (True,)
 
 
+def test_moved_already(home: Stack, postgresql: Postgresql) -> None:
+    url = postgresql.new_empty_database()
+    assert move(home, url).returncode == 0
+    for words in (("migrate-data", "--to", url), ("session", "list"), ("doctor", "--json")):
+        told = home.cli(*words)
+        assert told.returncode == 1, words
+        assert "were moved to" in told.stdout + told.stderr, words
+        assert "set DOORWARD_DATABASE_URL" in told.stdout + told.stderr, words
+
+
+def test_killed_at_the_very_end(home: Stack, postgresql: Postgresql) -> None:
+    """The old database is left, the new one is not yet ready: neither can be used, and the same command ends it."""
+    head = home.app.audit.verify().head
+    url = postgresql.new_empty_database()
+    assert move(home, url).returncode == 0
+    with psycopg.connect(url, autocommit=True) as there:
+        there.execute("UPDATE data_migrations SET finished_at = NULL")
+    assert home.cli("session", "list").returncode == 1
+    assert move(home, url).returncode == 0
+    app = moved(home, url)
+    assert app.audit.verify(head).is_intact
+    app.database.close()
+
+
 def test_a_copy_that_was_changed(home: Stack, postgresql: Postgresql) -> None:
     """What is there and differs is found out, not taken for good."""
     url = postgresql.new_empty_database()

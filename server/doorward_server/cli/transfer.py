@@ -10,7 +10,7 @@ from doorward_server import settings as settings_module
 from doorward_server.cli.base import Json, print_json, print_list
 from doorward_server.clock import Clock
 from doorward_server.database import PostgresqlDatabase, SqliteDatabase, open_database
-from doorward_server.database.transfer import Transfer, refuse_moved
+from doorward_server.database.transfer import Transfer
 from doorward_server.errors import OperatorError
 from doorward_server.models import to_micros
 
@@ -33,8 +33,6 @@ def migrate_data(
     for database in (source, target):
         if database.check_schema():
             database.migrate()
-        if database is source:  # what happened since it was left would be missing
-            refuse_moved(source)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

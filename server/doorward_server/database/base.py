@@ -240,7 +240,8 @@ class Database(ABC):
     def explain(self, failure: BaseException) -> str:
         """What went wrong first, on one line, and what the operator can do about it."""
         reason = " ".join(str(_root(failure)).split())
-        mend = next((f". Mend: {advice}" for symptom, advice in self.advice if symptom in reason), "")
+        end = "" if reason.endswith("?") else "."
+        mend = next((f"{end} Mend: {advice}" for symptom, advice in self.advice if symptom in reason), "")
         return reason + mend
 
     # For operators

@@ -90,10 +90,11 @@ class Transfer:
                 self._copy(table, on_progress)
                 self._set_sequence(table)
             copied = [self._compare(table, on_progress) for table in tables]
-            with self.target.writing():
-                self.target.execute(_ENDED, (self.now,))
+        # In this order there is no moment at which both can be used.
         with self.source.operators_view(), self.source.writing():
             self.source.execute(_LEFT, (self.target.place, self.now, self.now))
+        with self.target.operators_view(), self.target.writing():
+            self.target.execute(_ENDED, (self.now,))
         return copied
 
     def _tables(self) -> list[_Table]:
@@ -121,6 +122,7 @@ class Transfer:
                 raise OperatorError(
                     f"{self.target.place} holds a part of {state[0]}, or will: make a new database, and give that"
                 )
+            refuse_moved(self.source)  # what happened since it was left would be missing
             for table in tables:
                 if self.target.execute(f"SELECT 1 FROM {table.name} LIMIT 1", ()) is not None:  # noqa: S608
                     raise OperatorError(
