@@ -14,7 +14,7 @@ import pytest
 from doorward_server import integrations, jobs
 from doorward_server.database import PostgresqlDatabase, open_database
 from doorward_server.errors import OperatorError, StorageUnavailable
-from tests.engines import IN_TESTS, Postgresql, postgresql_server
+from tests.engines import IN_TESTS, Postgresql, outside, postgresql_server
 from tests.processes import await_condition
 
 _USERS = "SELECT slug FROM users ORDER BY id"
@@ -193,10 +193,13 @@ def test_more_threads_than_connections(url: str) -> None:
 
 
 def test_all_connections_in_use(url: str) -> None:
-    database = opened(url, busy_timeout=0.1, connections=2)
-    with ThreadPoolExecutor(2) as pool:
+    database = opened(url, busy_timeout=0.1, connections=4)
+    sleeping_now = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT 1 FROM pg_sleep%' AND state = 'active'"
+    )
+    with ThreadPoolExecutor(2) as pool, outside(database) as other:
         sleeping = [pool.submit(database.fetch_one, "SELECT 1 FROM pg_sleep(?)", (1,)) for _ in range(2)]
-        await_condition(lambda: len(database._engine._in_use) == 2, "both connections")
+        await_condition(lambda: other.execute(sleeping_now).fetchone() == (2,), "both connections")
         with pytest.raises(StorageUnavailable):
             database.fetch_one("SELECT 1", ())
         assert [one.result() for one in sleeping] == [(1,)] * 2

@@ -20,7 +20,7 @@ from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase
 from psycopg.conninfo import conninfo_to_dict
 
 from doorward_server.database.base import Database, Row, storage_failures
-from doorward_server.errors import OperatorError
+from doorward_server.errors import OperatorError, StorageUnavailable
 
 # Whoever writes holds this advisory lock until the end of its transaction. (The number is "doorward", in ASCII.)
 WRITERS_LOCK = int.from_bytes(b"doorward")
@@ -53,7 +53,8 @@ class PostgresqlDatabase(Database):
     """A PostgreSQL database, by a pool of connections.
 
     A thread has a connection for the time of a statement or of a transaction. Transactions that write hold one lock,
-    as on SQLite: what was read inside stays true until the end. Claims need no lock.
+    as on SQLite: what was read inside stays true until the end. Claims need no lock. Hot reads have half of the
+    connections to themselves, and go past peewee: the one that was used last is the warmest.
     """
 
     driver_error = psycopg.Error
@@ -71,8 +72,11 @@ class PostgresqlDatabase(Database):
     def __init__(self, url: str, busy_timeout: float, connections: int) -> None:
         given = _read(url)
         self._options = _options(given, busy_timeout)
-        self._engine = _Engine(url, busy_timeout, connections, self._options)
+        self._engine = _Engine(url, busy_timeout, connections - connections // 2, self._options)
         super().__init__(self._engine, url, _place(given), busy_timeout)
+        # Taken from and returned to the end; list operations are atomic.
+        self._readers: list[psycopg.Connection] = []
+        self._reading = threading.BoundedSemaphore(connections // 2)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -95,8 +99,44 @@ class PostgresqlDatabase(Database):
             return self.execute_all(sql, parameters)
 
     def fetch_rows(self, sql: str, parameters: Sequence[object]) -> list[Row]:
-        with storage_failures():
-            return self.execute_all(sql, parameters)
+        if self._engine.in_transaction():
+            with storage_failures():
+                return self.execute_all(sql, parameters)
+        if not self._reading.acquire(timeout=self._busy_timeout):
+            raise StorageUnavailable
+        try:
+            return self._read(_text(sql), parameters)
+        except psycopg.Error as error:
+            raise StorageUnavailable from error
+        finally:
+            self._reading.release()
+
+    def _read(self, text: str, parameters: Sequence[object]) -> list[Row]:
+        """On a connection that is open; if the server has closed it since its last use, once more on a new one."""
+        reader = self._take_reader()
+        try:
+            rows = reader.execute(text.encode(), parameters).fetchall()
+        except psycopg.OperationalError:
+            if not reader.closed:
+                self._readers.append(reader)
+                raise
+            self._close_readers()  # the others were closed with it, most likely
+            reader = self._engine.open_connection()
+            rows = reader.execute(text.encode(), parameters).fetchall()
+        except psycopg.Error:
+            self._readers.append(reader)
+            raise
+        self._readers.append(reader)
+        return rows
+
+    def _take_reader(self) -> psycopg.Connection:
+        with contextlib.suppress(IndexError):
+            return self._readers.pop()
+        return self._engine.open_connection()
+
+    def _close_readers(self) -> None:
+        while self._readers:
+            self._readers.pop().close()
 
     def announce(self, topic: str) -> None:
         super().announce(topic)
@@ -147,6 +187,7 @@ class PostgresqlDatabase(Database):
     def close(self) -> None:
         self._engine.release()
         self._engine.close_idle()
+        self._close_readers()
 
 
 class _Server(peewee.PostgresqlDatabase):
@@ -178,6 +219,11 @@ class _Engine(PooledPostgresqlDatabase, _Server):  # type: ignore[misc]
             return bool(super().connect(reuse_if_open))
         except MaxConnectionsExceeded as failure:
             raise peewee.OperationalError("all connections of [database] connections are in use") from failure
+
+    def open_connection(self) -> psycopg.Connection:
+        """A new one, which is none of the pool's."""
+        connection: psycopg.Connection = _Server._connect(self)
+        return connection
 
     def execute_sql(self, sql: str, params: Sequence[object] | None = None) -> Any:
         if self.in_transaction():
