@@ -264,13 +264,13 @@ class _Doctor:
         return _Answer(Finding(check, Verdict.OK, told), _skew(receipt.date, self.app.clock.now()))
 
     def _server(self) -> Iterator[Finding]:
-        path = self.app.settings.socket
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_GATEWAY_TIMEOUTS.connect)
-            if probe.connect_ex(str(path)):
-                yield Finding("server", Verdict.WARNING, f"none answers on {path}", "run `doorward serve`")
-            else:
-                yield Finding("server", Verdict.OK, f"one answers on {path}")
+        for path in map(self.app.settings.socket_at, self.app.settings.ports):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(_GATEWAY_TIMEOUTS.connect)
+                if probe.connect_ex(str(path)):
+                    yield Finding("server", Verdict.WARNING, f"none answers on {path}", "run `doorward serve`")
+                else:
+                    yield Finding("server", Verdict.OK, f"one answers on {path}")
 
     def _gateway(self) -> Iterator[Finding]:
         address = f"127.0.0.1:{self.app.settings.gateway.port}"

@@ -98,6 +98,12 @@ def test_a_provider_is_not_asked_for_anything(stack: Stack, provider: SandboxPro
     assert [request for request in asked if request.get("method", "HEAD") != "HEAD"] == []
 
 
+def test_every_worker_is_looked_at(here: Here, home: Path) -> None:
+    report = ask(here, home, DOORWARD_GRPC_PORT="20100", DOORWARD_WORKERS="2")
+    for port in (20100, 20101):
+        report.assert_finds("server", Verdict.WARNING, f"none answers on {home}/doorward-{port}.sock")
+
+
 @pytest.mark.sqlite
 def test_a_home_after_init(here: Here, home: Path) -> None:
     report = ask(here, home)
