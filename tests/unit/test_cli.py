@@ -378,7 +378,7 @@ def test_serve_with_another_key_than_before(home: Path, here: Here) -> None:
         assert here(home, *add_key, stdin=b"value").returncode == 0
         write_key(home, other)
         refused = here(home, "serve", environment=environment)
-    place = settings_module.load(home).database_url.removeprefix("sqlite:///")
+    place = App(settings_module.load(home)).database.place
     assert_tells(refused, place, f"master key {used}", other.id, "backup", "key file")
 
 
