@@ -522,9 +522,6 @@ class Integrations:
                     raise ProviderTimeout
             connection = _get(connection.user_id, connection.provider)
 
-    def _handed_out(self, connection: Connection) -> AccessToken:
-        return AccessToken(self._open_pair(connection).access_token, connection.expires_at)
-
     def _is_fresh(self, connection: Connection, min_ttl: timedelta) -> bool:
         if connection.expires_at is None:
             return True
