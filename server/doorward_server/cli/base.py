@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.prompt import Confirm
 from rich.table import Column, Table
 from rich.text import Text
@@ -81,13 +81,17 @@ def print_rotated(app: App, owner_id: str, what: str, secret: str, overlap: time
         typer.echo(f"the previous {what.replace('_', ' ')} {ends}", err=True)
 
 
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal that can draw one; it is told how much is done, and of how much."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def bar_of(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr, if that is a terminal that can draw one."""
     console = Console(stderr=True)
     is_dull = not console.is_terminal or console.is_dumb_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_dull) as bar:
+    return Progress(*columns, console=console, transient=True, disable=is_dull)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is told how much is done, and of how much."""
+    with bar_of(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

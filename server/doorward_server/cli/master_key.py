@@ -3,13 +3,11 @@
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from doorward_server.cli.base import HELP, Json, Yes, app_of, confirm, iso, print_done, print_json, print_list
+from doorward_server.cli.base import HELP, Json, Yes, app_of, confirm, iso, print_done, print_json, print_list, progress
 from doorward_server.crypto import MasterKey
 from doorward_server.errors import OperatorError
-from doorward_server.master_keys import KeyStatus, MasterKeys, Rotation
+from doorward_server.master_keys import KeyStatus, Rotation
 
 cli = typer.Typer(
     help="The master keys, which all else is sealed with. Commands tell their ids, never the keys.", **HELP
@@ -38,7 +36,8 @@ def rotate(
     Seals with the key that `doorward master-key add` added, if there is one. A rotation that was cut off goes on.
     """
     master_keys = app_of(ctx).master_keys
-    rotation = _rotate(master_keys)
+    with progress("sealing anew") as on_progress:
+        rotation = master_keys.rotate(on_progress)
     dropped = rotation.unneeded if drop_old else []
     for key_id in dropped:
         master_keys.drop(key_id)
@@ -92,16 +91,6 @@ def generate(as_json: Json = False) -> None:
         print_json({"id": key.id, "key": str(key)})
     else:
         typer.echo(str(key))
-
-
-def _rotate(master_keys: MasterKeys) -> Rotation:
-    """With a bar on stderr, if that is a terminal that can draw one."""
-    columns = (TextColumn("sealing anew"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    is_dull = not console.is_terminal or console.is_dumb_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_dull) as bar:
-        task = bar.add_task("", total=None)
-        return master_keys.rotate(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def _tell(rotation: Rotation, dropped: list[str]) -> None:

@@ -3,11 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from doorward_server import settings as settings_module
-from doorward_server.cli.base import Json, print_json, print_list
+from doorward_server.cli.base import Json, bar_of, print_json, print_list
 from doorward_server.clock import Clock
 from doorward_server.database import PostgresqlDatabase, SqliteDatabase, open_database
 from doorward_server.database.transfer import Transfer
@@ -33,16 +32,7 @@ def migrate_data(
     for database in (source, target):
         if database.check_schema():
             database.migrate()
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal or console.is_dumb_terminal,
-    )
-    with bar:
+    with bar_of(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()) as bar:
         task = bar.add_task("")
         copied = Transfer(source, target, to_micros(Clock().now())).run(
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

@@ -71,8 +71,8 @@ class PostgresqlDatabase(Database):
 
     def __init__(self, url: str, busy_timeout: float, connections: int) -> None:
         given = _read(url)
-        self._options = _options(given, busy_timeout)
-        self._engine = _Engine(url, busy_timeout, connections - connections // 2, self._options)
+        options = _options(given, busy_timeout)
+        self._engine = _Engine(url, busy_timeout, connections - connections // 2, options)
         super().__init__(self._engine, url, _place(given), busy_timeout)
         # Taken from and returned to the end; list operations are atomic.
         self._readers: list[psycopg.Connection] = []
@@ -155,7 +155,7 @@ class PostgresqlDatabase(Database):
 
     def _listen(self, stop: threading.Event) -> None:
         while not stop.is_set():
-            with contextlib.suppress(psycopg.Error), self._connect_alone() as other:
+            with contextlib.suppress(psycopg.Error), self._engine.open_connection() as other:
                 other.execute(f"LISTEN {_CHANNEL}")
                 for topic in [*self._subscribers]:  # more may subscribe meanwhile
                     self._wake(topic)  # there may have been news meanwhile
@@ -163,9 +163,6 @@ class PostgresqlDatabase(Database):
                     for notice in other.notifies(timeout=_HEED_STOP, stop_after=1):
                         self._wake(notice.payload)
             stop.wait(_LISTEN_AGAIN)
-
-    def _connect_alone(self) -> psycopg.Connection:
-        return psycopg.connect(self.url, autocommit=True, **self._options)
 
     def check_schema(self) -> list[str]:
         with self.operators_view():
